@@ -20,7 +20,7 @@ from ..core.run import check_device, environment, threads as _thread_count
 class Latency:
     """Latency of one network: all times in milliseconds for one call with a batch of `batch`.
 
-    `ms` is the steadiest statistic (lower quartile of the kept samples); `median_ms`, `min_ms` and `iqr_ms` describe the same samples.
+    `ms` is the steadiest statistic (lower decile of the kept samples); `median_ms`, `min_ms` and `iqr_ms` describe the same samples.
     `env`: versions, processor, threads, backend, device, and `canary_ms`, the undisturbed level of the canary during the measurement.
     `rounds_used` samples were kept, `discarded` were not because the canary had drifted; `rescaled`: divided by the canary's factor instead."""
     name: str
@@ -32,7 +32,7 @@ class Latency:
     calls: int = 1
 
     @cached_property
-    def ms(self): return float(np.quantile(self.samples_ms, .25))
+    def ms(self): return float(np.quantile(self.samples_ms, .1))
     @cached_property
     def median_ms(self): return float(np.median(self.samples_ms))
     @cached_property
@@ -47,7 +47,7 @@ class Latency:
     def drift(self): return self.discarded/max(1, self.discarded + self.rounds_used)
 
 # %% ../../nbs/cost/measure.ipynb #ce794b06
-def _interval(samples, quantile=.25, level=.95, repeats=400, seed=0):
+def _interval(samples, quantile=.1, level=.95, repeats=400, seed=0):
     "Bootstrap interval of a quantile of `samples` [n]: (low, high)."
     samples = np.asarray(samples)
     picks = np.random.default_rng(seed).integers(0, len(samples), (repeats, len(samples)))
