@@ -213,6 +213,7 @@ def channels_first(x, name='x'):
         if first != last: return x if first else x.transpose(0, 3, 1, 2)
     raise ValueError(f'{name}=array of shape {x.shape}: allowed are [N, H, W], [N, H, W, C] and [N, C, H, W] with C of 1, 3 or 4')
 
+# %% ../../nbs/core/data.ipynb #856cf48c
 def _npz(path):
     path = Path(path)
     try:
@@ -247,6 +248,7 @@ def _encoded_part(arrays, part):
     blobs = lambda i: [io.BytesIO(data[offset[k]:offset[k + 1]].tobytes()) for k in i]
     return Part(y, lambda i: _decode_images(blobs(i), [f'{part} image {k}' for k in i]))
 
+# %% ../../nbs/core/data.ipynb #222a32c8
 def _decode_image(file, name, size):
     "One image file or PIL image, upright, in grey or RGB; cropped and scaled to `size` if given."
     from PIL import Image, ImageOps
@@ -267,7 +269,7 @@ def _decode_images(files, names, size=None):
                          'allowed is one size, or size=N to scale them')
     mode = 'L' if all(i.mode == 'L' for i in images) else 'RGB'
     pixels = np.stack([np.asarray(i.convert(mode)) for i in images])
-    return channels_first(pixels if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2))
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
 
 # %% ../../nbs/core/data.ipynb #90697325
 _IMAGES = {'.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.pbm'}
@@ -343,6 +345,7 @@ def data_home():
     beside = tree.parent/'shared'/'data'
     return beside if (tree/'settings.ini').exists() and beside.is_dir() else None
 
+# %% ../../nbs/core/data.ipynb #74ea6737
 def _find(source, size):
     "The `Source` that `source` names."
     name = str(source)
@@ -360,8 +363,8 @@ def _find(source, size):
     # owner/name, unless it looks like a path of which only the end is mistyped
     if name.count('/') == 1 and not path.suffix and not name.startswith(('.', '/', '~')) and not path.parent.is_dir():
         return _hugging_face(name, size)
-    larger = f'in {home}: ' + ', '.join(sorted(p.stem for p in home.glob('*.npz'))) if home else 'NAS_NB_DATA names no folder of larger sets'
-    own = ', '.join(SOURCES)
+    own, larger = ', '.join(SOURCES), 'NAS_NB_DATA names no folder of larger sets'
+    if home: larger = f'in {home}: ' + ', '.join(sorted(p.stem for p in home.glob('*.npz')))
     raise ValueError(f'source={name!r}: unknown; allowed are {own}, a folder of images by class, an .npz file, '
                      f'hf:NAME or owner/name on the hub; {larger}')
 
@@ -375,6 +378,7 @@ def _whole_labels(y, name):
     if len(bad): raise ValueError(f'y of {name}: {len(bad)} labels such as {bad[0]}; {allowed}')
     return y.astype('int64')
 
+# %% ../../nbs/core/data.ipynb #2bf655f7
 def _labels(source):
     "`({part: int64 [N]}, classes)`: labels as numbers 0..K-1."
     whole = {name: _whole_labels(part.y, name) for name, part in source.parts.items()}
@@ -415,6 +419,7 @@ def _split(y, val, test, limit, generator):
     out['train'] = ('train', pool)
     return out
 
+# %% ../../nbs/core/data.ipynb #7619abaa
 def _check_parts(cut, y, classes, val, test):
     "Every part must hold every class that occurs."
     present = np.unique(y['train'])
@@ -467,6 +472,7 @@ def load_task(source='digits', *, val=0.2, test=0.2, seed=0, size=None, limit=No
     cut = _split(y, val, test, limit, np.random.default_rng(seed))
     _check_parts(cut, y, classes, val, test)
     x = {name: _read(found.parts[where], idx, size, name) for name, (where, idx) in cut.items()}
+    if {v.shape[1] for v in x.values()} == {1, 3}: x = {name: v.expand(-1, 3, -1, -1) for name, v in x.items()}   # grey among colour
     shapes = {name: tuple(v.shape[1:]) for name, v in x.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f'x: the parts have images of several shapes (C, H, W), {shapes}; allowed is one shape, or size=N to scale them')

@@ -158,6 +158,7 @@ def load_state(path, device='cpu'):
         tensors = [named[str(i)] for i in range(len(named))]
         if _digest(about['tree'], tensors) != about['sha256']: raise ValueError('its checksum does not fit its content')
         tree = json.loads(about['tree'])
+        _decode(tree, tensors)   # a malformed tree is noticed here
     except MemoryError: raise
     except Exception as e:
         raise DamagedFile(path, f'cannot be read ({type(e).__name__}: {e})') from None
@@ -203,6 +204,7 @@ def save(self: Checkpoints, step, tree):
         if s not in good[-self.keep:]: self.path(s).unlink(missing_ok=True)
     return path
 
+# %% ../../nbs/core/run.ipynb #c6453bf7
 @patch
 def latest(self: Checkpoints, device='cpu'):
     "`(step, tree)` of the newest readable checkpoint, or None. Warns for each damaged one, naming it and what is used instead."
@@ -318,9 +320,11 @@ def _check_use(self: RunFolder, resume, overwrite):
     if differ:
         raise ValueError(f'{here}: holds a run of another configuration ({differ}); allowed is the same, overwrite=True, or another path')
 
+# %% ../../nbs/core/run.ipynb #5e267eae
 @patch
 def _prepare(self: RunFolder, overwrite):
-    "Empty the folder if asked (config.json last, so that a kill meanwhile leaves a folder known as ours), then write the config."
+    "Empty the folder if asked, sweep away what a kill left, write the config."
+    atomic_write(self.path/'.probe.partial', '')   # fails before anything is deleted; swept away below
     for p in sorted(self.path.iterdir(), key=lambda p: p.name == 'config.json'):
         if p.name == '.lock' or not (overwrite or p.name.endswith('.partial')): continue
         if p.is_dir() and not p.is_symlink(): shutil.rmtree(p)
@@ -337,6 +341,7 @@ def _jsonable(x):
     if isinstance(x, float): return x if np.isfinite(x) else None
     return str(x) if isinstance(x, Path) else x
 
+# %% ../../nbs/core/run.ipynb #425b328f
 @patch
 def file(self: RunFolder, name):
     "The path of the file `name` ('winner/weights.safetensors' makes the folder too). ValueError for a name that leaves the folder."
