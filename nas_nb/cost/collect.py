@@ -103,10 +103,10 @@ def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eage
     Columns: `COLUMNS`; `latency_ms` is `Latency.ms` for a batch of `batch`, (`low_ms`, `high_ms`) its 95 % interval. With `path` the table is kept
     in that CSV file after every chunk, and networks that it already holds are not measured again.
     ValueError for bad arguments, and where `path` holds rows of another space, backend, thread count, batch or device."""
-    for name, value in (('batch', batch), ('chunk', chunk), ('threads', threads)):
+    for name, value in (('batch', batch), ('chunk', chunk)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1: raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
     x = space.example(batch)
-    device = _check_measure({'any network': nn.Identity()}, x, rounds, None, backend, device, True, .1)
+    device = _check_measure({'any network': nn.Identity()}, x, rounds, None, threads, backend, device, True, .1)
     genotypes = sample_genotypes(space, n, seed)
     names = [space.to_str(g) for g in genotypes]
     conditions = dict(zip(CONDITIONS, (space_key(space), backend, threads, batch, str(device))))

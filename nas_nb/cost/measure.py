@@ -200,12 +200,12 @@ class _Rounds:
         return np.bincount(who[kept], minlength=self.n).min() >= wanted
 
 # %% ../../nbs/cost/measure.ipynb #0332fca0
-def _check_measure(networks, x, rounds, warmup, backend, device, canary, drift):
+def _check_measure(networks, x, rounds, warmup, threads, backend, device, canary, drift):
     if not isinstance(networks, dict) or not networks: raise ValueError(f'networks={networks!r}: allowed is a dict name -> module or callable, with at least one entry')
     for name, net in networks.items():
         if not callable(net): raise TypeError(f'networks[{name!r}]={net!r}: allowed is a module or a callable')
     if not isinstance(x, torch.Tensor) or x.ndim < 1 or not len(x): raise ValueError(f'x={type(x).__name__}: allowed is a tensor with the batch as its first dimension')
-    for label, value, least in (('rounds', rounds, 3), ('warmup', warmup, 0)):
+    for label, value, least in (('rounds', rounds, 3), ('warmup', warmup, 0), ('threads', threads, 1)):
         if value is None and label == 'warmup': continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f'{label}={value!r}: allowed is a whole number of at least {least}')
     if not drift > 0: raise ValueError(f'drift={drift!r}: allowed is a number above 0, such as 0.1 for 10 %')
@@ -224,7 +224,7 @@ def measure(networks, x, *, rounds=30, warmup=None, threads=1, backend='eager', 
     `networks`: name -> module or callable; `rounds` samples kept for each (>= 3; up to twice as many are taken when some are discarded); `warmup` calls
     (None: until stable); `canary`: True, False, or a callable timed in place of ours; `drift`: the canary's excess above which samples are discarded.
     Modules run in evaluation and inference mode; flags and threads are put back. ValueError/TypeError name a bad argument; RuntimeError names a network that failed."""
-    device = _check_measure(networks, x, rounds, warmup, backend, device, canary, drift)
+    device = _check_measure(networks, x, rounds, warmup, threads, backend, device, canary, drift)
     sample, names, x = _sampler(device), list(networks), x.to(device)
     floor_ms = max(_SAMPLE_MS, 1000*timer_resolution_ms())
     with _quiet(networks.values(), threads):
