@@ -10,18 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../../nbs/ops/conv.ipynb #0298d553
+# %% ../../nbs/ops/conv.ipynb #8cfc8f37
 def _check_sizes(C_in, C_out, stride):
-    "Channels and stride must be integers of at least 1: said here, before torch says something less clear."
     for name, value in (('C_in', C_in), ('C_out', C_out), ('stride', stride)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f'{name} must be an integer >= 1, got {value!r}')
 
-# %% ../../nbs/ops/conv.ipynb #c251458a
+# %% ../../nbs/ops/conv.ipynb #2643ec73
 class Zero(nn.Module):
-    """The absent edge: zeros of the shape that the other operations would give, [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)].
+    """The absent edge: zeros [B, C_out, ceil(H/stride), ceil(W/stride)] for x [B, C_in, H, W], without a gradient.
 
-    `is_zero` lets a caller leave it out of a sum without calling it. The result is a constant: no gradient leads back. NB201's 'none'."""
+    `is_zero` is True: a caller may leave it out of a sum. ValueError for sizes below 1. Source: 'none' of NAS-Bench-201."""
     is_zero = True
     def __init__(self, C_in, C_out, stride=1, affine=True):
         super().__init__()
@@ -29,57 +28,61 @@ class Zero(nn.Module):
         self.C_out, self.stride = C_out, stride
     def forward(self, x):
         B, _, H, W = x.shape
-        return x.new_zeros(B, self.C_out, -(-H//self.stride), -(-W//self.stride))
+        return x.new_zeros(B, self.C_out, -(-H//self.stride), -(-W//self.stride))   # -(-a//b) rounds up
     def extra_repr(self): return f'{self.C_out}, stride={self.stride}'
 
-# %% ../../nbs/ops/conv.ipynb #8cfc8f37
+# %% ../../nbs/ops/conv.ipynb #844fe6dc
 class ReLUConvBN(nn.Module):
-    """ReLU, convolution without bias, batch norm: [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)].
+    """ReLU, convolution without bias, batch normalisation: x [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)].
 
-    `kernel` is odd (ValueError otherwise) and padded by half of it, so that stride 1 keeps the size.
-    Source: Dong, Yang, NAS-Bench-201 (ICLR 2020), 'nor_conv_1x1', 'nor_conv_3x3'."""
+    `kernel` must be odd, and is padded by half. ValueError for an even kernel or sizes below 1.
+    Source: Dong, Yang, NAS-Bench-201 (ICLR 2020): 'nor_conv_1x1', 'nor_conv_3x3'."""
     def __init__(self, C_in, C_out, kernel=3, stride=1, affine=True):
         super().__init__()
         _check_sizes(C_in, C_out, stride)
-        if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0: raise ValueError(f'kernel must be an odd integer >= 1, got {kernel!r}')
-        self.op = nn.Sequential(nn.ReLU(), nn.Conv2d(C_in, C_out, kernel, stride, kernel//2, bias=False), nn.BatchNorm2d(C_out, affine=affine))
+        if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f'kernel must be an odd integer >= 1, got {kernel!r}')
+        convolution = nn.Conv2d(C_in, C_out, kernel, stride, kernel//2, bias=False)
+        self.op = nn.Sequential(nn.ReLU(), convolution, nn.BatchNorm2d(C_out, affine=affine))
     def forward(self, x): return self.op(x)
 
-# %% ../../nbs/ops/conv.ipynb #4759f713
+# %% ../../nbs/ops/conv.ipynb #932a0266
 class FactorizedReduce(nn.Module):
-    """Halves height and width with two 1x1 convolutions, one of them shifted by a pixel, so that every second pixel is not lost:
-    [B, C_in, H, W] -> [B, C_out, ceil(H/2), ceil(W/2)]. C_out must be at least 2.
+    """Half the height and width by two 1x1 convolutions, one of them shifted by (1, 1):
+    x [B, C_in, H, W] -> [B, C_out, ceil(H/2), ceil(W/2)].
 
-    Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), public code; NAS-Bench-201 uses it for 'skip_connect' with stride 2."""
+    ValueError for a stride other than 2 or C_out < 2. Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), public code."""
     def __init__(self, C_in, C_out, stride=2, affine=True):
         super().__init__()
         _check_sizes(C_in, C_out, stride)
         if stride != 2: raise ValueError(f'stride must be 2, got {stride}')
-        if C_out < 2: raise ValueError(f'C_out must be >= 2, one channel for each of the two convolutions, got {C_out}')
+        if C_out < 2: raise ValueError(f'C_out must be >= 2, a channel for each of the two convolutions, got {C_out}')
         self.even = nn.Conv2d(C_in, C_out//2, 1, 2, bias=False)
         self.odd = nn.Conv2d(C_in, C_out - C_out//2, 1, 2, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
     def forward(self, x):
         x = F.relu(x)
-        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
+        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]    # padded first, so that odd sizes fit
         return self.bn(torch.cat([self.even(x), self.odd(shifted)], 1))
 
-# %% ../../nbs/ops/conv.ipynb #0dfc3ead
+# %% ../../nbs/ops/conv.ipynb #37e7d9fe
 class Skip(nn.Module):
-    """The input itself where size and channels stay the same; otherwise the cheapest thing that fits:
-    `FactorizedReduce` for stride 2, a 1x1 `ReLUConvBN` for new channels. Shapes as `ReLUConvBN`; stride 1 or 2, ValueError otherwise."""
+    """The input itself where size and channels stay as they are; else the cheapest thing that fits: `FactorizedReduce` for stride 2,
+    a 1x1 `ReLUConvBN` for another number of channels. Shapes as `ReLUConvBN`. ValueError for a stride other than 1 or 2.
+
+    Source: 'skip_connect' of NAS-Bench-201."""
     def __init__(self, C_in, C_out, stride=1, affine=True):
         super().__init__()
         _check_sizes(C_in, C_out, stride)
-        if stride == 1: self.op = nn.Identity() if C_in == C_out else ReLUConvBN(C_in, C_out, 1, 1, affine)
-        else: self.op = FactorizedReduce(C_in, C_out, stride, affine)
+        if stride > 1: self.op = FactorizedReduce(C_in, C_out, stride, affine)
+        else: self.op = nn.Identity() if C_in == C_out else ReLUConvBN(C_in, C_out, 1, 1, affine)
     def forward(self, x): return self.op(x)
 
-# %% ../../nbs/ops/conv.ipynb #2643ec73
+# %% ../../nbs/ops/conv.ipynb #d2c8c5e1
 class AvgPool(nn.Module):
-    """Mean over 3x3 neighbours, the border not counted: [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)].
+    """Mean of 3x3 neighbours, those outside not counted: x [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)].
 
-    Where C_in differs from C_out a 1x1 `ReLUConvBN` stands before it, as in NAS-Bench-201's 'avg_pool_3x3'."""
+    Before it stands a 1x1 `ReLUConvBN` where C_in differs from C_out. Source: 'avg_pool_3x3' of NAS-Bench-201."""
     def __init__(self, C_in, C_out, stride=1, affine=True):
         super().__init__()
         _check_sizes(C_in, C_out, stride)
@@ -88,33 +91,34 @@ class AvgPool(nn.Module):
     def forward(self, x): return self.pool(self.fit(x))
 
 class PoolBN(nn.Module):
-    """`AvgPool` and a batch norm after it. In a supernet a bare pooling has a smaller scale than its normalised rivals;
-    DARTS gives it a batch norm so that the weights compare like with like."""
+    "`AvgPool` and a batch normalisation after it, same arguments and shapes. Source: DARTS (ICLR 2019), public code."
     def __init__(self, C_in, C_out, stride=1, affine=True):
         super().__init__()
         self.pool, self.bn = AvgPool(C_in, C_out, stride, affine), nn.BatchNorm2d(C_out, affine=affine)
     def forward(self, x): return self.bn(self.pool(x))
 
-# %% ../../nbs/ops/conv.ipynb #dda38bfe
+# %% ../../nbs/ops/conv.ipynb #01f35b53
 class ResidualReduction(nn.Module):
-    """What stands between two stages of NAS-Bench-201: two 3x3 `ReLUConvBN`, the first with the stride, beside a shortcut of
-    2x2 mean and 1x1 convolution. [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)]; stride 1 or 2."""
+    """Two 3x3 `ReLUConvBN`, the first with the stride, plus a shortcut of 2x2 mean and 1x1 convolution:
+    x [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)]. ValueError for a stride other than 1 or 2.
+
+    Source: the residual block between the stages of NAS-Bench-201 (Dong, Yang, ICLR 2020)."""
     def __init__(self, C_in, C_out, stride=2, affine=True):
         super().__init__()
         _check_sizes(C_in, C_out, stride)
         if stride > 2: raise ValueError(f'stride must be 1 or 2, got {stride}')
         self.body = nn.Sequential(ReLUConvBN(C_in, C_out, 3, stride, affine), ReLUConvBN(C_out, C_out, 3, 1, affine))
-        # ceil_mode and an uncounted border: odd sizes fit the body, even sizes are unchanged by it
-        if stride == 2: self.shortcut = nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
-                                                      nn.Conv2d(C_in, C_out, 1, bias=False))
+        if stride == 2:
+            mean = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)   # ceil_mode changes odd sizes only
+            self.shortcut = nn.Sequential(mean, nn.Conv2d(C_in, C_out, 1, bias=False))
         else: self.shortcut = nn.Identity() if C_in == C_out else ReLUConvBN(C_in, C_out, 1, 1, affine)
     def forward(self, x): return self.shortcut(x) + self.body(x)
 
-# %% ../../nbs/ops/conv.ipynb #666bf1a4
-def _conv(kernel):
+# %% ../../nbs/ops/conv.ipynb #cf6b010b
+def _convolution(kernel):
     "A factory with the signature of all operations, for one size of kernel."
     def make(C_in, C_out, stride=1, affine=True): return ReLUConvBN(C_in, C_out, kernel, stride, affine)
     make.__name__ = make.__qualname__ = f'nor_conv_{kernel}x{kernel}'
     return make
 
-NB201_OPS = {'none': Zero, 'skip_connect': Skip, 'nor_conv_1x1': _conv(1), 'nor_conv_3x3': _conv(3), 'avg_pool_3x3': AvgPool}
+NB201_OPS = {'none': Zero, 'skip_connect': Skip, 'nor_conv_1x1': _convolution(1), 'nor_conv_3x3': _convolution(3), 'avg_pool_3x3': AvgPool}

@@ -10,39 +10,42 @@ import math
 import torch
 from .core import gumbel_like, harden, straight_through
 
-# %% ../../nbs/relax/choice.ipynb #5725775f
+# %% ../../nbs/relax/choice.ipynb #cb4cead6
 class Relax:
-    """A relaxed choice: logits alpha [..., n] -> weights [..., n] >= 0 that sum to 1 along the last dimension.
+    """A relaxed choice: logits alpha [..., n] -> weights [..., n] >= 0 that sum to 1 along the last dimension, same dtype and device.
 
-    `relax(alpha, t=1.0, training=True, generator=None)`: `t` > 0 is the temperature (logits are divided by it), `training` turns noise on,
-    `generator` supplies it. A subclass defines `weights(alpha, t, training, generator)` and may count on checked input in float32 or float64.
-    Logits of -inf forbid an alternative. ValueError for NaN or +inf logits, rows without an allowed alternative, t <= 0 or not finite."""
+    Called `relax(alpha, t=1.0, training=True, generator=None)`: `t` > 0 is the temperature, `training` turns noise on, `generator`
+    (a `torch.Generator`) supplies it. A logit of -inf forbids its alternative. ValueError for NaN or +inf among the logits, rows without
+    an allowed alternative, t <= 0 or not finite; TypeError where alpha is not a floating tensor.
+    A subclass defines `weights(alpha, t, training, generator)` and may count on checked logits in float32 or float64."""
     def __call__(self, alpha, t=1.0, training=True, generator=None):
         if not torch.is_tensor(alpha) or not alpha.is_floating_point(): raise TypeError(f'alpha must be a floating tensor, got {alpha!r}')
-        if alpha.dim() == 0 or alpha.shape[-1] == 0: raise ValueError(f'alpha must have a last dimension of at least 1, got shape {tuple(alpha.shape)}')
+        if alpha.dim() == 0 or alpha.shape[-1] == 0:
+            raise ValueError(f'alpha must have a last dimension of at least 1, got shape {tuple(alpha.shape)}')
         if not (t > 0 and math.isfinite(t)): raise ValueError(f't, the temperature, must be > 0 and finite, got {t}')
-        largest = alpha.detach().amax(-1)     # NaN, +inf and rows of -inf all show here
-        if not largest.isfinite().all(): raise ValueError(f'alpha must hold no NaN, no +inf and in each row a finite logit, got row maxima {largest.tolist()}')
+        largest = alpha.detach().amax(-1)
+        if not largest.isfinite().all():
+            raise ValueError(f'alpha must hold no NaN, no +inf and a finite logit in each row, got row maxima {largest.tolist()}')
         wide = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
         return self.weights(wide, float(t), training, generator).to(alpha.dtype)
     def weights(self, alpha, t, training, generator): raise NotImplementedError(f'{type(self).__name__} must define weights()')
     def __repr__(self): return f'{type(self).__name__}({", ".join(f"{k}={v}" for k, v in vars(self).items())})'
 
-# %% ../../nbs/relax/choice.ipynb #465d65f8
+# %% ../../nbs/relax/choice.ipynb #33068c53
 def _tempered(alpha, t):
-    "softmax(alpha/t), the largest logit subtracted before the division, so that no temperature overflows."
+    "softmax(alpha/t), finite at every temperature."
     return ((alpha - alpha.detach().amax(-1, keepdim=True))/t).softmax(-1)
 
 class Softmax(Relax):
-    """w = softmax(alpha/t), without noise: the relaxation of DARTS (Liu, Simonyan, Yang, ICLR 2019, eq. 2)."""
+    "w = softmax(alpha/t), without noise. Source: Liu, Simonyan, Yang, DARTS (ICLR 2019), eq. 2."
     def weights(self, alpha, t, training, generator): return _tempered(alpha, t)
 
-# %% ../../nbs/relax/choice.ipynb #5842b7e6
+# %% ../../nbs/relax/choice.ipynb #5231f443
 class Gumbel(Relax):
-    """w = softmax((alpha + G)/t) with standard Gumbel noise G in training; softmax(alpha/t) in evaluation.
+    """w = softmax((alpha + G)/t) with standard Gumbel noise G in training; softmax(alpha/t), without noise, in evaluation.
 
-    `hard`: the value is the one-hot vector of the largest entry, the gradient that of the soft weights (straight-through).
-    Source: Jang, Gu, Poole (ICLR 2017), eq. 2; Maddison, Mnih, Teh (ICLR 2017)."""
+    `hard` (default False): the value is the one-hot vector of the largest entry, the gradient that of the soft weights (straight-through).
+    Source: Jang, Gu, Poole (ICLR 2017), eq. 2; Maddison, Mnih, Teh (ICLR 2017); `hard` in NAS: Dong, Yang, GDAS (CVPR 2019)."""
     def __init__(self, hard=False): self.hard = hard
     def weights(self, alpha, t, training, generator):
         if training: alpha = alpha + gumbel_like(alpha, generator)

@@ -1,0 +1,146 @@
+"""The public contracts of `nas_nb.core.check`, run on everything that exists: one registry and one test for each kind of part.
+
+A new part joins by one line in its registry: a name, and a function that makes the part, so that collecting the tests imports
+and builds nothing."""
+import importlib
+import numpy as np
+import pytest
+import torch
+from nas_nb.core.check import LAWS, broken_laws, check_cost, check_op, check_relax, check_space
+
+def part(path):
+    "The object at 'module:name' in nas_nb."
+    module, name = path.split(':')
+    return getattr(importlib.import_module(f'nas_nb.{module}'), name)
+
+# --- the registries -----------------------------------------------------------------------------------------------------------------
+
+RELAXATIONS = {
+    'Softmax': lambda: part('relax.choice:Softmax')(),
+    'Gumbel': lambda: part('relax.choice:Gumbel')(),
+    'Gumbel-hard': lambda: part('relax.choice:Gumbel')(hard=True),
+}
+
+ANY, REDUCING = ((4, 4, 1), (4, 6, 1), (4, 4, 2), (4, 6, 2)), ((4, 4, 2), (4, 7, 2))   # C_in, C_out, stride
+OPERATIONS = {
+    **{f'NB201-{name}': (lambda name=name: part('ops.conv:NB201_OPS')[name], ANY)
+       for name in ('none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3')},
+    **{name: (lambda name=name: part(f'ops.conv:{name}'), ANY) for name in ('Zero', 'Skip', 'AvgPool', 'PoolBN', 'ResidualReduction')},
+    'ReLUConvBN-5x5': (lambda: lambda C_in, C_out, stride=1, affine=True: part('ops.conv:ReLUConvBN')(C_in, C_out, 5, stride, affine), ANY),
+    'FactorizedReduce': (lambda: part('ops.conv:FactorizedReduce'), REDUCING),
+}
+
+def two_operations():
+    "A user's own space: other operations, more nodes, missing edges."
+    ops = {name: part('ops.conv:NB201_OPS')[name] for name in ('skip_connect', 'nor_conv_3x3')}
+    return part('space.cells:CellSpace')('own', ops, nodes=4, edges=((0, 1), (1, 2), (0, 3), (2, 3)), in_shape=(1, 8, 8), n_classes=3,
+                                         C=4, stages=1)
+
+SPACES = {
+    'nb201': lambda: part('space.cells:nb201_space')(in_shape=(1, 8, 8), n_classes=10, C=4, stages=2, cells=1),
+    'own': two_operations,
+    'mini': lambda: part('space.mini:mini_space')(),
+}
+
+def lookup_table(space, seed=0):
+    "A made-up price in ms for each operation on each row."
+    generator = torch.Generator().manual_seed(seed)
+    return {group: torch.rand(len(rows), len(space.op_names), generator=generator) for group, rows in space.groups.items()}
+
+def joint_table(space):
+    "A made-up price in ms of each whole cell, in which operations interact."
+    (rows,) = space.groups.values()
+    return torch.rand([len(space.op_names)]*len(rows), generator=torch.Generator().manual_seed(0)) + .5
+
+def predictor_cost(space, mode):
+    "A predictor of made-up latencies: linear in the operations, and dead edges are free."
+    generator = np.random.default_rng(0)
+    genotypes = list(dict.fromkeys(space.sample(generator) for _ in range(120)))[:60]
+    table = lookup_table(space)
+    latencies = [.5 + sum(float((w*table[k]).sum()) for k, w in space.one_hot(g.canonical()).items()) for g in genotypes]
+    fit = part('cost.predictor:fit_predictor')(space, genotypes, latencies, hidden=(16,), seed=0)
+    extra = {'generator': torch.Generator().manual_seed(0)} if mode == 'sample' else {}
+    return part('cost.predictor:PredictorCost')(fit, space, mode=mode, **extra)
+
+COSTS = {
+    'LUTCost': lambda space: part('cost.expected:LUTCost')(lookup_table(space), space, 'ms', constant=.3),
+    'Multilinear': lambda space: part('cost.expected:Multilinear')(joint_table(space), space, 'ms'),
+    'Affine': lambda space: part('cost.core:Affine')(part('cost.expected:LUTCost')(lookup_table(space), space, 'ms'), 2., .1),
+    'Sum': lambda space: (part('cost.expected:LUTCost')(lookup_table(space), space, 'ms')
+                          + part('cost.expected:LUTCost')(lookup_table(space, seed=1), space, 'ms')),
+    **{f'PredictorCost-{mode}': lambda space, mode=mode: predictor_cost(space, mode) for mode in ('exact', 'sample', 'mean')},
+}
+
+# --- one test for each kind ---------------------------------------------------------------------------------------------------------
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'))]
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', RELAXATIONS)
+def test_relax(name, device): check_relax(RELAXATIONS[name](), device=device)
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', OPERATIONS)
+def test_op(name, device):
+    make, cases = OPERATIONS[name]
+    check_op(make(), cases=cases, device=device)
+
+@pytest.mark.parametrize('name', SPACES)
+def test_space(name): check_space(SPACES[name]())
+
+@pytest.mark.parametrize('name', COSTS)
+def test_cost(name):
+    space = SPACES['mini']()
+    check_cost(COSTS[name](space), space)
+
+# --- the registries are complete, and the contracts can fail ------------------------------------------------------------------------
+
+def test_every_relaxation_is_registered():
+    base = part('relax.choice:Relax')
+    exist = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.')}
+    missing = exist - {type(make()).__name__ for make in RELAXATIONS.values()}
+    assert not missing, f'add to RELAXATIONS: {sorted(missing)}'
+
+def test_every_operation_is_registered():
+    conv = importlib.import_module('nas_nb.ops.conv')
+    modules = {n for n in conv.__all__ if isinstance(getattr(conv, n), type) and issubclass(getattr(conv, n), torch.nn.Module)}
+    missing = {n for n in modules if not any(k.split('-')[0] == n for k in OPERATIONS)}
+    missing |= {n for n in conv.NB201_OPS if f'NB201-{n}' not in OPERATIONS}
+    assert not missing, f'add to OPERATIONS: {sorted(missing)}'
+
+def test_every_cost_is_registered():
+    base, names = part('cost.core:Cost'), ' '.join(COSTS)
+    for module in ('cost.expected', 'cost.predictor'): importlib.import_module(f'nas_nb.{module}')
+    missing = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.') and not c.__name__.startswith('_')
+               and c.__name__ not in names}
+    assert not missing, f'add to COSTS: {sorted(missing)}'
+
+def test_contracts_can_fail():
+    "One faulty part of each kind, made from a real one; the notebook core/check does this for every law."
+    class Unnormalised(part('relax.choice:Softmax')):
+        def weights(self, alpha, t, training, generator): return 2*super().weights(alpha, t, training, generator)
+    assert 'relax_simplex' in broken_laws('relax', Unnormalised())
+    with pytest.raises(AssertionError, match='op_input_unchanged'):
+        class InPlace(part('ops.conv:Skip')):
+            def forward(self, x): return super().forward(torch.relu_(x))
+        check_op(InPlace)
+    space = SPACES['mini']()
+    class Dishonest(part('cost.expected:LUTCost')):
+        def of(self, g): return super().of(g)*1.01
+    assert 'cost_one_hot' in broken_laws('cost', Dishonest(lookup_table(space), space, 'ms'), space)
+    class OneTooMany(type(space)):
+        def size(self): return super().size() + 1
+    space.__class__ = OneTooMany
+    assert 'space_size' in broken_laws('space', space)
+
+def test_contracts_leave_the_global_rng_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check_relax(RELAXATIONS['Gumbel']())
+    check_op(part('ops.conv:Skip'))
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_messages_name_law_and_part():
+    with pytest.raises(AssertionError, match=r"object breaks 12 of 13 laws of relax:\n- relax_simplex: TypeError"): check_relax(object())
+    with pytest.raises(ValueError, match="'colour'"): broken_laws('colour', 1)
+    assert all(f.__doc__ for laws in LAWS.values() for f in laws.values())
