@@ -16,10 +16,12 @@ from .measure import measure, _check_measure
 
 # %% ../../nbs/cost/collect.ipynb #95792e34
 def sample_genotypes(space, n, seed=0, connected=True):
-    """`n` genotypes of `space`, uniform over the (connected) ones, all different by `canonical()`. `sample_genotypes(space, m, seed)` is a prefix for m < n.
+    """`n` genotypes of `space`, uniform over the (connected) ones, all different by `canonical()`. `sample_genotypes(space, m, seed)` is
+    a prefix for m < n.
 
     ValueError where `n` is below 1 or the space has fewer different networks."""
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1: raise ValueError(f'n={n!r}: allowed is a whole number of at least 1')
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f'n={n!r}: allowed is a whole number of at least 1')
     r, seen, out, misses = np.random.default_rng(seed), set(), [], 0
     while len(out) < n:
         g = space.sample(r, connected=connected)
@@ -27,14 +29,17 @@ def sample_genotypes(space, n, seed=0, connected=True):
         misses = misses + 1 if key in seen else 0
         if key not in seen: seen.add(key); out.append(g)
         # after k misses in a row the unseen share is below 1/k, most likely: say so instead of drawing for ever
-        if misses > 50*len(seen) + 1000: raise ValueError(f'n={n}: space {space.name!r} seems to have only {len(seen)} different {"connected " if connected else ""}networks; allowed is at most that')
+        if misses > 50*len(seen) + 1000:
+            raise ValueError(f'n={n}: space {space.name!r} seems to have only {len(seen)} different '
+                             f'{"connected " if connected else ""}networks; allowed is at most that')
     return out
 
 # %% ../../nbs/cost/collect.ipynb #f630df9a
 CONDITIONS = ('space', 'backend', 'threads', 'batch', 'device')
-COLUMNS = ('genotype', 'latency_ms', 'median_ms', 'iqr_ms', 'low_ms', 'high_ms', 'batch', 'params', 'rounds_used', 'drift', 'canary_ms', 'slowness',
-           'space', 'backend', 'threads', 'device', 'device_name', 'torch')
-_NUMBERS = {c: float for c in ('latency_ms', 'median_ms', 'iqr_ms', 'low_ms', 'high_ms', 'drift', 'canary_ms', 'slowness')} | {c: int for c in ('batch', 'params', 'rounds_used', 'threads')}
+COLUMNS = ('genotype', 'latency_ms', 'median_ms', 'iqr_ms', 'low_ms', 'high_ms', 'batch', 'params', 'rounds_used', 'drift',
+           'canary_ms', 'slowness', 'space', 'backend', 'threads', 'device', 'device_name', 'torch')
+_NUMBERS = {**dict.fromkeys(('latency_ms', 'median_ms', 'iqr_ms', 'low_ms', 'high_ms', 'drift', 'canary_ms', 'slowness'), float),
+            **dict.fromkeys(('batch', 'params', 'rounds_used', 'threads'), int)}
 
 def space_key(space):
     "Name of the space and a checksum of its configuration."
@@ -66,13 +71,17 @@ def read_measurements(path, repair=False):
     if repair and len(whole) < len(text): os.truncate(path, len(whole))
     rows = list(csv.reader(io.StringIO(whole.decode('utf-8', 'replace'))))
     if not rows: return pd.DataFrame(columns=COLUMNS)
-    if tuple(rows[0]) != COLUMNS: raise ValueError(f'path={str(path)!r}: its first line is {",".join(rows[0])[:80]!r}; allowed is a table written by sample_and_measure')
+    if tuple(rows[0]) != COLUMNS:
+        raise ValueError(f'path={str(path)!r}: its first line is {",".join(rows[0])[:80]!r}; allowed is a table written by '
+                         f'sample_and_measure')
     out = []
     for number, row in enumerate(rows[1:], 2):
         try:
             if len(row) != len(COLUMNS): raise ValueError(f'{len(row)} fields')
             out.append({c: _NUMBERS.get(c, str)(v) for c, v in zip(COLUMNS, row)})
-        except ValueError as e: raise ValueError(f'path={str(path)!r}: line {number} is damaged ({e}); allowed are {len(COLUMNS)} fields: remove the line to measure its network again') from None
+        except ValueError as e:
+            raise ValueError(f'path={str(path)!r}: line {number} is damaged ({e}); allowed are {len(COLUMNS)} fields: remove the line to '
+                             f'measure its network again') from None
     return pd.DataFrame(out, columns=COLUMNS)
 
 # %% ../../nbs/cost/collect.ipynb #8f5ed82f
@@ -97,14 +106,17 @@ def _row(l, key, params, slowness):
             l.env['backend'], l.env['threads'], l.env['device'], l.env['device_name'], l.env['torch']]
 
 # %% ../../nbs/cost/collect.ipynb #e9d539c5
-def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eager', device='cpu', seed=0, chunk=25, rounds=30, progress=True):
-    """Measure `n` different connected networks of `space` and return a DataFrame, one row a network, in the order of `sample_genotypes(space, n, seed)`.
+def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eager', device='cpu', seed=0, chunk=25, rounds=30,
+                       progress=True):
+    """Measure `n` different connected networks of `space` and return a DataFrame, one row a network, in the order of
+    `sample_genotypes(space, n, seed)`.
 
-    Columns: `COLUMNS`; `latency_ms` is `Latency.ms` for a batch of `batch`, (`low_ms`, `high_ms`) its 95 % interval. With `path` the table is kept
-    in that CSV file after every chunk, and networks that it already holds are not measured again.
+    Columns: `COLUMNS`; `latency_ms` is `Latency.ms` for a batch of `batch`, (`low_ms`, `high_ms`) its 95 % interval. With `path`
+    the table is kept in that CSV file after every chunk, and networks that it already holds are not measured again.
     ValueError for bad arguments, and where `path` holds rows of another space, backend, thread count, batch or device."""
     for name, value in (('batch', batch), ('chunk', chunk)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1: raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
     x = space.example(batch)
     device = _check_measure({'any network': nn.Identity()}, x, rounds, None, threads, backend, device, True, .1)
     genotypes = sample_genotypes(space, n, seed)
@@ -118,7 +130,8 @@ def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eage
         for start in range(0, len(todo), chunk):
             part = todo[start:start + chunk]
             lowest = table['canary_ms'].min() if len(table) else np.inf
-            found, params, slowness = _measure_chunk(space, part, x, lowest, threads=threads, backend=backend, device=device, seed=seed + start, rounds=rounds)
+            found, params, slowness = _measure_chunk(space, part, x, lowest, threads=threads, backend=backend, device=device,
+                                                     seed=seed + start, rounds=rounds)
             rows = [_row(l, conditions['space'], params[name], slowness) for name, l in found.items()]
             if path is not None: _append(path, rows)
             new = pd.DataFrame([{c: _NUMBERS.get(c, str)(v) for c, v in zip(COLUMNS, r)} for r in rows], columns=COLUMNS)
@@ -138,5 +151,7 @@ def _open_table(path, conditions):
     if not path.exists() or not path.stat().st_size: _append(path, [COLUMNS])
     for name, wanted in conditions.items():
         other = sorted(set(table[name]) - {wanted}, key=str)
-        if other: raise ValueError(f'path={str(path)!r}: measured with {name}={other[0]!r}, asked is {name}={wanted!r}; allowed is a table of the same conditions, or another path')
+        if other:
+            raise ValueError(f'path={str(path)!r}: measured with {name}={other[0]!r}, asked is {name}={wanted!r}; allowed is a table of '
+                             f'the same conditions, or another path')
     return table

@@ -31,13 +31,15 @@ def unit_factor(source, target):
 # %% ../../nbs/cost/core.ipynb #8d81eff3
 @dataclass(frozen=True, eq=False)
 class Quantity:
-    """A finite number with its unit, e.g. `Quantity(0.8, 'ms')`. Converts inside a kind, refuses bare numbers (TypeError) and other kinds (ValueError)."""
+    """A finite number with its unit, e.g. `Quantity(0.8, 'ms')`. Converts inside a kind, refuses bare numbers (TypeError) and other
+    kinds (ValueError)."""
     value: float
     unit: str
     def __post_init__(self):
         if isinstance(self.value, bool) or not isinstance(self.value, numbers.Real) or not math.isfinite(self.value):
             raise ValueError(f'value={self.value!r}: allowed is a finite number')
-        if not isinstance(self.unit, str) or not self.unit: raise ValueError(f'unit={self.unit!r}: allowed is a name, such as {", ".join(UNITS)}')
+        if not isinstance(self.unit, str) or not self.unit:
+            raise ValueError(f'unit={self.unit!r}: allowed is a name, such as {", ".join(UNITS)}')
         object.__setattr__(self, 'value', float(self.value))
         object.__setattr__(self, 'unit', _SPELLINGS.get(self.unit, self.unit))
     def to(self, unit): return Quantity(self.value*unit_factor(self.unit, unit), unit)
@@ -49,7 +51,8 @@ class Quantity:
 def as_number(quantity, unit):
     "The value of `quantity` in `unit`. TypeError for anything that is not a Quantity, because its unit would be a guess."
     if not isinstance(quantity, Quantity):
-        raise TypeError(f"{quantity!r} has no unit: allowed is a Quantity, such as Quantity({quantity if isinstance(quantity, numbers.Real) else 1!r}, {unit!r})")
+        raise TypeError(f"{quantity!r} has no unit: allowed is a Quantity, such as "
+                        f"Quantity({quantity if isinstance(quantity, numbers.Real) else 1!r}, {unit!r})")
     return quantity.value*unit_factor(quantity.unit, unit)
 
 # %% ../../nbs/cost/core.ipynb #960f1258
@@ -79,7 +82,8 @@ Quantity.__truediv__ = _divided
 
 # %% ../../nbs/cost/core.ipynb #a3da7a16
 def parse_quantity(text):
-    """`Quantity` of a text such as '0.8ms', '25 ms', '1.5e3 us', '2 MB'. ValueError for a missing or unknown unit, no number, or a number <= 0."""
+    """`Quantity` of a text such as '0.8ms', '25 ms', '1.5e3 us', '2 MB'. ValueError for a missing or unknown unit, no number, or a
+    number <= 0."""
     if isinstance(text, Quantity): return text
     found = re.fullmatch(r'\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(\S*)\s*', str(text))
     if not found: raise ValueError(f"quantity {text!r}: no number with a unit; allowed is for example '0.8ms'")
@@ -109,7 +113,8 @@ class Cost:
     def __repr__(self): return f'{type(self).__name__}(unit={self.unit!r})'
 
 def _refuse(self, other):
-    if isinstance(other, (numbers.Number, Quantity)): raise TypeError(f'{self!r} is a function: compare its value, cost.of(g) or cost.quantity(g), not the cost itself')
+    if isinstance(other, (numbers.Number, Quantity)):
+        raise TypeError(f'{self!r} is a function: compare its value, cost.of(g) or cost.quantity(g), not the cost itself')
     return NotImplemented
 Cost.__lt__ = Cost.__le__ = Cost.__gt__ = Cost.__ge__ = _refuse
 
@@ -118,19 +123,25 @@ class _Sum(Cost):
     "Sum of two costs of one unit."
     def __init__(self, a, b):
         for c in (a, b):
-            if not isinstance(c, Cost): raise TypeError(f'{c!r} cannot be added to a cost: its unit would be a guess; allowed is another Cost, or Affine(cost, 1, constant)')
-        if a.unit != b.unit: raise ValueError(f'units {a.unit!r} and {b.unit!r} cannot be added: allowed are costs of one unit (cost.to(unit) converts inside a kind)')
+            if not isinstance(c, Cost):
+                raise TypeError(f'{c!r} cannot be added to a cost: its unit would be a guess; allowed is another Cost, or Affine(cost, '
+                                '1, constant)')
+        if a.unit != b.unit:
+            raise ValueError(f'units {a.unit!r} and {b.unit!r} cannot be added: allowed are costs of one unit (cost.to(unit) converts '
+                             f'inside a kind)')
         self.a, self.b, self.unit, self.space = a, b, a.unit, a.space if a.space is not None else b.space
     def __call__(self, W): return self.a(W) + self.b(W)
     def of(self, g): return self.a.of(g) + self.b.of(g)
     def __repr__(self): return f'{self.a!r} + {self.b!r}'
 
 class Affine(Cost):
-    """`slope·cost + intercept`, in `unit` (default: that of `cost`): a sum of per-operation times corrected by whole-network measurements, or a change of unit."""
+    """`slope·cost + intercept`, in `unit` (default: that of `cost`): a sum of per-operation times corrected by whole-network
+    measurements, or a change of unit."""
     def __init__(self, cost, slope, intercept=0., unit=None):
         if not isinstance(cost, Cost): raise TypeError(f'cost={cost!r}: allowed is a Cost')
         for name, x in (('slope', slope), ('intercept', intercept)):
-            if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x): raise ValueError(f'{name}={x!r}: allowed is a finite number')
+            if isinstance(x, bool) or not isinstance(x, numbers.Real) or not math.isfinite(x):
+                raise ValueError(f'{name}={x!r}: allowed is a finite number')
         self.cost, self.slope, self.intercept, self.unit, self.space = cost, float(slope), float(intercept), unit or cost.unit, cost.space
     def __call__(self, W): return self.slope*self.cost(W) + self.intercept
     def of(self, g): return self.slope*self.cost.of(g) + self.intercept

@@ -40,12 +40,15 @@ class LUTCost(Cost):
         return tuple(self.constant + sum(float(f(t, dim=1).sum()) for t in self.table.values()) for f in (torch.amin, torch.amax))
     def log_safe(self):
         "This table, if every network costs more than 0; ValueError otherwise."
-        if self.bounds()[0] <= 0: raise ValueError(f'table: its cheapest network costs {self.bounds()[0]:.4g} {self.unit}; allowed under a logarithm is more than 0 (raise constant, or clamp entries)')
+        if self.bounds()[0] <= 0:
+            raise ValueError(f'table: its cheapest network costs {self.bounds()[0]:.4g} {self.unit}; allowed under a logarithm is more '
+                             f'than 0 (raise constant, or clamp entries)')
         return self
 
 # %% ../../nbs/cost/expected.ipynb #99e210d0
 def fit_lut(space, genotypes, values, unit):
-    "`LUTCost` fitted to `values` [n] of `genotypes` by least squares of smallest norm. ValueError for fewer than two or for values that are not finite."
+    """`LUTCost` fitted to `values` [n] of `genotypes` by least squares of smallest norm. ValueError for fewer than two or for values
+    that are not finite."""
     genotypes, y = list(genotypes), np.asarray(values, dtype=np.float64)
     if len(genotypes) != len(y) or len(y) < 2 or not np.isfinite(y).all():
         raise ValueError(f'values: {len(y)} for {len(genotypes)} genotypes; allowed are at least 2 finite numbers, one a genotype')
@@ -69,18 +72,24 @@ def joint_table(fn, space):
     return np.array([float(fn(g)) for g in space.enumerate()], dtype=np.float64).reshape(shape)
 
 def contract(table, w):
-    "Sum over all entries of `table` [K, ..., K] weighted by the product of the rows of `w` [rows, K]: the exact expectation. Scalar tensor."
+    """Sum over all entries of `table` [K, ..., K] weighted by the product of the rows of `w` [rows, K]: the exact expectation. Scalar
+    tensor."""
     for row in range(w.shape[0] - 1, -1, -1): table = table @ w[row]
     return table
 
 class Multilinear(Cost):
-    """Exact expected cost of a space with one group of choices: `fn_or_table` is `fn(genotype) -> float` or an array [n_ops]*rows, in `unit`.
+    """Exact expected cost of a space with one group of choices: `fn_or_table` is `fn(genotype) -> float` or an array [n_ops]*rows, in
+    `unit`.
 
     ValueError for several groups, more than two million networks, a table of another shape, or one that is not finite."""
     def __init__(self, fn_or_table, space, unit):
-        if len(space.groups) != 1: raise ValueError(f'space {space.name!r} has the groups {sorted(space.groups)}: allowed is one group (use a LUTCost or a sum of costs)')
+        if len(space.groups) != 1:
+            raise ValueError(f'space {space.name!r} has the groups {sorted(space.groups)}: allowed is one group (use a LUTCost or a sum '
+                             f'of costs)')
         (self.group, edges), = space.groups.items()
-        if space.size() > _LIMIT: raise ValueError(f'space {space.name!r} has {space.size():.2g} networks: allowed are at most {_LIMIT:,} (use a LUTCost or a predictor in sample mode)')
+        if space.size() > _LIMIT:
+            raise ValueError(f'space {space.name!r} has {space.size():.2g} networks: allowed are at most {_LIMIT:,} (use a LUTCost or a '
+                             f'predictor in sample mode)')
         table = joint_table(fn_or_table, space) if callable(fn_or_table) else fn_or_table
         self.table = torch.as_tensor(np.asarray(table), dtype=torch.get_default_dtype())
         shape = (len(space.op_names),)*len(edges)

@@ -22,7 +22,8 @@ class Latency:
 
     `ms` is the steadiest statistic (lower decile of the kept samples); `median_ms`, `min_ms` and `iqr_ms` describe the same samples.
     `env`: versions, processor, threads, backend, device, and `canary_ms`, the undisturbed level of the canary during the measurement.
-    `rounds_used` samples were kept, `discarded` were not because the canary had drifted; `rescaled`: divided by the canary's factor instead."""
+    `rounds_used` samples were kept, `discarded` were not because the canary had drifted; `rescaled`: divided by the canary's factor
+    instead."""
     name: str
     samples_ms: np.ndarray
     batch: int
@@ -61,7 +62,8 @@ def _interval_ms(self):
 
 def _latency_text(self):
     low, high = self.interval_ms
-    return f'{self.name}: {self.ms:.4g} ms [{low:.4g}, {high:.4g}], median {self.median_ms:.4g}, iqr {self.iqr_ms:.2g}, batch {self.batch}, {self.rounds_used} rounds'
+    return (f'{self.name}: {self.ms:.4g} ms [{low:.4g}, {high:.4g}], median {self.median_ms:.4g}, iqr {self.iqr_ms:.2g}, '
+            f'batch {self.batch}, {self.rounds_used} rounds')
 
 Latency.interval_ms, Latency.__str__ = _interval_ms, _latency_text
 
@@ -166,11 +168,12 @@ def canary_network(device='cpu'):
     return net.to(device), torch.ones(1, 1, 12, 12, device=device)
 
 def _kept(stretch, readings, drift):
-    "For samples in stretches `stretch` [n], between readings k and k+1 of the canary: which are kept, the factor by which the machine was slow, the canary's level."
+    """For samples in stretches `stretch` [n], between readings k and k+1 of the canary: which are kept, the factor by which the machine
+    was slow, the canary's level."""
     readings = np.asarray(readings)
     level = float(np.quantile(readings, .25))
-    factor = np.maximum(readings[stretch], readings[stretch + 1])/level
-    return factor <= 1 + drift, factor, level
+    before, after = readings[stretch]/level, readings[stretch + 1]/level
+    return np.maximum(before, after) <= 1 + drift, (before + after)/2, level
 
 # %% ../../nbs/cost/measure.ipynb #e3393136
 class _Rounds:
@@ -201,29 +204,36 @@ class _Rounds:
 
 # %% ../../nbs/cost/measure.ipynb #0332fca0
 def _check_measure(networks, x, rounds, warmup, threads, backend, device, canary, drift):
-    if not isinstance(networks, dict) or not networks: raise ValueError(f'networks={networks!r}: allowed is a dict name -> module or callable, with at least one entry')
+    if not isinstance(networks, dict) or not networks:
+        raise ValueError(f'networks={networks!r}: allowed is a dict name -> module or callable, with at least one entry')
     for name, net in networks.items():
         if not callable(net): raise TypeError(f'networks[{name!r}]={net!r}: allowed is a module or a callable')
-    if not isinstance(x, torch.Tensor) or x.ndim < 1 or not len(x): raise ValueError(f'x={type(x).__name__}: allowed is a tensor with the batch as its first dimension')
+    if not isinstance(x, torch.Tensor) or x.ndim < 1 or not len(x):
+        raise ValueError(f'x={type(x).__name__}: allowed is a tensor with the batch as its first dimension')
     for label, value, least in (('rounds', rounds, 3), ('warmup', warmup, 0), ('threads', threads, 1)):
         if value is None and label == 'warmup': continue
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least: raise ValueError(f'{label}={value!r}: allowed is a whole number of at least {least}')
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f'{label}={value!r}: allowed is a whole number of at least {least}')
     if not drift > 0: raise ValueError(f'drift={drift!r}: allowed is a number above 0, such as 0.1 for 10 %')
-    if not isinstance(canary, bool) and not callable(canary): raise TypeError(f'canary={canary!r}: allowed are True, False or a callable without arguments')
+    if not isinstance(canary, bool) and not callable(canary):
+        raise TypeError(f'canary={canary!r}: allowed are True, False or a callable without arguments')
     if backend not in BACKENDS: raise ValueError(f'backend={backend!r}: allowed are {", ".join(BACKENDS)}')
     device = check_device(device)
-    if backend == 'onnxruntime' and device.type != 'cpu': raise ValueError(f"backend='onnxruntime' on device={str(device)!r}: allowed is 'cpu'")
+    if backend == 'onnxruntime' and device.type != 'cpu':
+        raise ValueError(f"backend='onnxruntime' on device={str(device)!r}: allowed is 'cpu'")
     if backend == 'onnxruntime' and not all(isinstance(net, nn.Module) for net in networks.values()):
         raise TypeError("backend='onnxruntime': allowed are modules, a plain callable cannot be exported")
     return device
 
 # %% ../../nbs/cost/measure.ipynb #4e766c28
-def measure(networks, x, *, rounds=30, warmup=None, threads=1, backend='eager', device='cpu', seed=0, canary=True, drift=0.10, progress=False):
+def measure(networks, x, *, rounds=30, warmup=None, threads=1, backend='eager', device='cpu', seed=0, canary=True, drift=0.10,
+            progress=False):
     """Latency of each network on the input `x` [batch, ...]: dict name -> `Latency`, all measured interleaved in random order.
 
-    `networks`: name -> module or callable; `rounds` samples kept for each (>= 3; up to twice as many are taken when some are discarded); `warmup` calls
-    (None: until stable); `canary`: True, False, or a callable timed in place of ours; `drift`: the canary's excess above which samples are discarded.
-    Modules run in evaluation and inference mode; flags and threads are put back. ValueError/TypeError name a bad argument; RuntimeError names a network that failed."""
+    `networks`: name -> module or callable; `rounds` samples kept for each (>= 3; up to twice as many are taken when some are discarded);
+    `warmup` calls (None: until stable); `canary`: True, False, or a callable timed in place of ours; `drift`: the canary's excess above
+    which samples are discarded. Modules run in evaluation and inference mode; flags and threads are put back.
+    ValueError/TypeError name a bad argument; RuntimeError names a network that failed."""
     device = _check_measure(networks, x, rounds, warmup, threads, backend, device, canary, drift)
     sample, names, x = _sampler(device), list(networks), x.to(device)
     floor_ms = max(_SAMPLE_MS, 1000*timer_resolution_ms())
@@ -234,7 +244,8 @@ def measure(networks, x, *, rounds=30, warmup=None, threads=1, backend='eager', 
                 calls.append(_ready(networks[name], x, backend, device, threads))
                 plans.append(_warm_up(calls[-1], x, sample, warmup, floor_ms))
             except ImportError: raise
-            except Exception as e: raise RuntimeError(f'network {name!r} failed on an input of shape {tuple(x.shape)}: {type(e).__name__}: {e}') from e
+            except Exception as e:
+                raise RuntimeError(f'network {name!r} failed on an input of shape {tuple(x.shape)}: {type(e).__name__}: {e}') from e
         run = _Rounds(len(names), lambda i: _timed(calls[i], x, sample, plans[i]), _canary_reader(canary, sample, device), drift, seed)
         with bar(total=rounds, desc='measuring', show=None if progress else False) as shown:
             for r in range(2*rounds):

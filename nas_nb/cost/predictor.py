@@ -39,10 +39,11 @@ def _live_probability(w, edges, inputs, outputs, none, fed=True):
     return torch.stack([forward[s]*backward[t] for s, t in edges], -1)
 
 def encode(space, W, live=True):
-    """Encoding [..., d] of weights `W` (group -> [..., rows, n_ops]) or of a genotype, d the sum of rows·n_ops over the groups. Differentiable in W.
+    """Encoding [..., d] of weights `W` (group -> [..., rows, n_ops]) or of a genotype, d the sum of rows·n_ops over the groups.
+    Differentiable in W.
 
-    `live`: True, operations on dead edges count as 'none' (exactly at one-hot weights, by mean field between); 'read', only those that reach
-    no output do; False, the weights as they are."""
+    `live`: True, operations on dead edges count as 'none' (exactly at one-hot weights, by mean field between); 'read', only those
+    that reach no output do; False, the weights as they are."""
     if live not in LIVE: raise ValueError(f"live={live!r}: allowed are True, 'read' and False")
     if isinstance(W, Genotype): W = space.one_hot(W)
     none, parts = space.op_names.index(NONE) if NONE in space.op_names else None, []
@@ -78,10 +79,12 @@ class LatencyPredictor(nn.Module):
     def __init__(self, d, hidden=(128, 128, 128)):
         super().__init__()
         self.d, self.hidden = int(d), tuple(int(h) for h in hidden)
-        if self.d < 1 or any(h < 1 for h in self.hidden): raise ValueError(f'd={d!r}, hidden={hidden!r}: allowed are whole numbers of at least 1')
+        if self.d < 1 or any(h < 1 for h in self.hidden):
+            raise ValueError(f'd={d!r}, hidden={hidden!r}: allowed are whole numbers of at least 1')
         sizes = (self.d, *self.hidden)
         self.mlp = nn.Sequential(*[m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())], nn.Linear(sizes[-1], 1))
-        for name, value in dict(mean=torch.zeros(d), std=torch.ones(d), coefficients=torch.zeros(d), constant=torch.ones(()), floor=torch.tensor(1e-6), share=torch.ones(())).items():
+        for name, value in dict(mean=torch.zeros(d), std=torch.ones(d), coefficients=torch.zeros(d), constant=torch.ones(()),
+                                floor=torch.tensor(1e-6), share=torch.ones(())).items():
             self.register_buffer(name, value)
     def additive(self, x): return (self.constant + x @ self.coefficients).clamp_min(self.floor)
     def residual(self, x): return self.mlp((x - self.mean)/self.std).squeeze(-1)
@@ -117,9 +120,11 @@ def _train(model, X, y, seed, steps, lr=3e-3, weight_decay=0.1):
 # %% ../../nbs/cost/predictor.ipynb #bf2e56d0
 @dataclass
 class Fit:
-    """A fitted predictor and the evidence for it. Errors are on `n_test` held-out networks; `linear_*` is the additive model on the same split.
+    """A fitted predictor and the evidence for it. Errors are on `n_test` held-out networks; `linear_*` is the additive model on the same
+    split.
 
-    `calibration`: nominal level -> share of held-out measurements inside the interval. `test`: DataFrame genotype, measured, predicted, linear, low, high.
+    `calibration`: nominal level -> share of held-out measurements inside the interval. `test`: DataFrame genotype, measured, predicted,
+    linear, low, high.
     `scores`: sorted out-of-fold absolute log errors. `meta`: space, unit, conditions, range of the measured values, seed, live."""
     model: LatencyPredictor
     mean_rel_err: float
@@ -141,8 +146,10 @@ class Fit:
         n = len(self.scores)
         return float(self.scores[min(n - 1, math.ceil(level*(n + 1)) - 1)])
     def summary(self):
-        "The numbers of a report: n_train, n_test, mean_rel_err, spearman and the same of the linear table, with the 95 % interval of the error."
-        return {k: getattr(self, k) for k in ('n_train', 'n_test', 'mean_rel_err', 'spearman', 'linear_mean_rel_err', 'linear_spearman')} | {
+        """The numbers of a report: n_train, n_test, mean_rel_err, spearman and the same of the linear table, with the 95 % interval of
+        the error."""
+        return {k: getattr(self, k) for k in ('n_train', 'n_test', 'mean_rel_err', 'spearman', 'linear_mean_rel_err',
+                                              'linear_spearman')} | {
             'mean_rel_err_interval': self.meta['mean_rel_err_interval'], 'calibration': {str(k): v for k, v in self.calibration.items()}}
 
 # %% ../../nbs/cost/predictor.ipynb #5dcc0d56
@@ -168,19 +175,22 @@ def _out_of_fold(X, y, groups, hidden, seed, steps, folds=4):
     for k in range(folds):
         inside, out = torch.as_tensor(fold != k), torch.as_tensor(fold == k)
         model = _train(LatencyPredictor(X.shape[1], hidden), X[inside], y[inside], seed + 1 + k, steps)
-        with torch.no_grad(): residual[fold == k], learned[fold == k] = (y[out]/model.additive(X[out])).log().numpy(), model.residual(X[out]).numpy()
+        with torch.no_grad():
+            residual[fold == k], learned[fold == k] = (y[out]/model.additive(X[out])).log().numpy(), model.residual(X[out]).numpy()
     share = float(np.clip((residual @ learned)/max(learned @ learned, 1e-12), 0, 1))
     return share, np.sort(np.abs(residual - share*learned))
 
 def _check_samples(space, genotypes, y, test, live):
     "Errors of `fit_predictor`, before any work."
-    if len(genotypes) != len(y): raise ValueError(f'latencies_ms has {len(y)} values and genotypes {len(genotypes)}: equal lengths are needed')
+    if len(genotypes) != len(y):
+        raise ValueError(f'latencies_ms has {len(y)} values and genotypes {len(genotypes)}: equal lengths are needed')
     if len(y) < 20: raise ValueError(f'genotypes: {len(y)} samples; allowed are at least 20 (100 or more are advised)')
     bad = np.flatnonzero(~(np.isfinite(y) & (y > 0)))
     if len(bad): raise ValueError(f'latencies_ms[{bad[0]}]={y[bad[0]]!r}: allowed are finite numbers above 0')
     for i, g in enumerate(genotypes):
         unknown = {op for c in g.cells for _, _, op in c.edges} - set(space.op_names)
-        if unknown: raise ValueError(f'genotypes[{i}] has the unknown operation {sorted(unknown)[0]!r}: allowed are {", ".join(space.op_names)}')
+        if unknown:
+            raise ValueError(f'genotypes[{i}] has the unknown operation {sorted(unknown)[0]!r}: allowed are {", ".join(space.op_names)}')
         space.indices(g)
     if live not in LIVE: raise ValueError(f"live={live!r}: allowed are True, 'read' and False")
     whole = isinstance(test, (int, np.integer)) and not isinstance(test, bool)
@@ -188,11 +198,14 @@ def _check_samples(space, genotypes, y, test, live):
         raise ValueError(f'test={test!r}: allowed is a share between 0 and 1 or a number of samples that leaves at least 12 for training')
 
 # %% ../../nbs/cost/predictor.ipynb #0a71d211
-def fit_predictor(space, genotypes, latencies_ms, *, hidden=(128, 128, 128), test=0.25, seed=0, live=True, steps=200, unit='ms', conditions=None):
-    """`Fit` of a `LatencyPredictor` to measured values [n] > 0 of `genotypes` (energy, memory or anything positive works as well: say its `unit`).
+def fit_predictor(space, genotypes, latencies_ms, *, hidden=(128, 128, 128), test=0.25, seed=0, live=True, steps=200, unit='ms',
+                  conditions=None):
+    """`Fit` of a `LatencyPredictor` to measured values [n] > 0 of `genotypes` (energy, memory or anything positive works as well: say
+    its `unit`).
 
-    `test`: held-out share, or number. `live`: see `encode`. `steps` of full-batch AdamW, for the final model and each of 4 folds. `conditions`: what
-    `Fit.require` compares, e.g. the `attrs['conditions']` of `sample_and_measure`. ValueError: fewer than 20 samples, values that are not positive, unknown operations."""
+    `test`: held-out share, or number. `live`: see `encode`. `steps` of full-batch AdamW, for the final model and each of 4 folds.
+    `conditions`: what `Fit.require` compares, e.g. the `attrs['conditions']` of `sample_and_measure`.
+    ValueError: fewer than 20 samples, values that are not positive, unknown operations."""
     genotypes, y = list(genotypes), np.array(latencies_ms, dtype=np.float64)
     _check_samples(space, genotypes, y, test, live)
     train, held = _split(genotypes, test, seed)
@@ -202,7 +215,8 @@ def fit_predictor(space, genotypes, latencies_ms, *, hidden=(128, 128, 128), tes
     share, scores = _out_of_fold(X[train], Y[train], groups, hidden, seed, steps)
     model = _train(LatencyPredictor(X.shape[1], hidden), X[train], Y[train], seed, steps)
     model.share.fill_(share)
-    meta = dict(space=space.name, op_names=list(space.op_names), in_shape=list(space.in_shape), unit=unit, live=live, seed=seed, steps=steps,
+    meta = dict(space=space.name, op_names=list(space.op_names), in_shape=list(space.in_shape), unit=unit, live=live, seed=seed,
+                steps=steps,
                 range=[float(y[train].min()), float(y[train].max())], conditions=dict(conditions or {}))
     return _judged(model.eval(), space, [genotypes[i] for i in held], X[held], y[held], scores, len(train), meta)
 
@@ -214,36 +228,44 @@ def _judged(model, space, genotypes, X, y, scores, n_train, meta):
     picks = np.random.default_rng(0).integers(0, len(y), (1000, len(y)))
     meta['mean_rel_err_interval'] = [float(v) for v in np.quantile(error[picks].mean(1), [.025, .975])]
     table = dict(constant=float(model.constant), coefficients=model.coefficients.numpy().copy())
-    fit = Fit(model, float(error.mean()), spearman(predicted, y), {}, n_train, len(y), float(np.abs(linear/y - 1).mean()), spearman(linear, y), table, None, scores, meta)
+    fit = Fit(model, float(error.mean()), spearman(predicted, y), {}, n_train, len(y), float(np.abs(linear/y - 1).mean()),
+              spearman(linear, y), table, None, scores, meta)
     fit.calibration = {q: float((np.abs(np.log(y/predicted)) <= fit.half_width(q)).mean()) for q in (.5, .8, .9, .95)}
     z = fit.half_width(.9)
-    fit.test = pd.DataFrame(dict(genotype=[space.to_str(g) for g in genotypes], measured=y, predicted=predicted, linear=linear, low=predicted*math.exp(-z), high=predicted*math.exp(z)))
+    fit.test = pd.DataFrame(dict(genotype=[space.to_str(g) for g in genotypes], measured=y, predicted=predicted, linear=linear,
+                                 low=predicted*math.exp(-z), high=predicted*math.exp(z)))
     return fit
 
 def _require(self, **conditions):
-    """Refuse a fit that was measured under other conditions: ValueError naming what differs. Known: space, backend, threads, batch, device, in_shape (the resolution)."""
+    """Refuse a fit that was measured under other conditions: ValueError naming what differs. Known: space, backend, threads, batch,
+    device, in_shape (the resolution)."""
     known = {**self.meta['conditions'], 'in_shape': self.meta['in_shape']}
     for name, asked in conditions.items():
         if name not in known: raise ValueError(f'{name}={asked!r}: the fit does not record it; recorded are {", ".join(sorted(known))}')
         there = known[name]
         if (list(there) if isinstance(there, (list, tuple)) else there) != (list(asked) if isinstance(asked, (list, tuple)) else asked):
-            raise ValueError(f'the predictor was fitted with {name}={there!r}, asked is {name}={asked!r}: allowed are the same conditions (measure and fit again)')
+            raise ValueError(f'the predictor was fitted with {name}={there!r}, asked is {name}={asked!r}: allowed are the same conditions '
+                             f'(measure and fit again)')
     return self
 
 def _predict(self, space, genotypes, level=.9):
-    "DataFrame of predictions: genotype, predicted, low, high (interval of `level`), extrapolated (outside the measured range by more than 5 %)."
+    """DataFrame of predictions: genotype, predicted, low, high (interval of `level`), extrapolated (outside the measured range by more
+    than 5 %)."""
     genotypes = list(genotypes)
     with torch.no_grad(): p = self.model(_encode_all(space, genotypes, self.meta['live'])).double().numpy()
     z, (low, high) = self.half_width(level), self.meta['range']
-    return pd.DataFrame(dict(genotype=[space.to_str(g) for g in genotypes], predicted=p, low=p*math.exp(-z), high=p*math.exp(z), extrapolated=(p < .95*low) | (p > 1.05*high)))
+    return pd.DataFrame(dict(genotype=[space.to_str(g) for g in genotypes], predicted=p, low=p*math.exp(-z), high=p*math.exp(z),
+                             extrapolated=(p < .95*low) | (p > 1.05*high)))
 
 Fit.require, Fit.predict = _require, _predict
 
 # %% ../../nbs/cost/predictor.ipynb #68b803fb
 def _save_fit(self, path):
     "Write the fit to `path` (safetensors and JSON, nothing that executes), atomically."
-    tree = {k: getattr(self, k) for k in ('mean_rel_err', 'spearman', 'calibration', 'n_train', 'n_test', 'linear_mean_rel_err', 'linear_spearman', 'linear', 'scores', 'meta')}
-    return save_state(path, {**tree, 'd': self.model.d, 'hidden': self.model.hidden, 'weights': dict(self.model.state_dict()), 'test': self.test.to_dict('list')})
+    tree = {k: getattr(self, k) for k in ('mean_rel_err', 'spearman', 'calibration', 'n_train', 'n_test', 'linear_mean_rel_err',
+                                          'linear_spearman', 'linear', 'scores', 'meta')}
+    return save_state(path, {**tree, 'd': self.model.d, 'hidden': self.model.hidden, 'weights': dict(self.model.state_dict()),
+                             'test': self.test.to_dict('list')})
 
 def load_fit(path, device='cpu'):
     "The `Fit` that `Fit.save` wrote; `nas_nb.core.run.DamagedFile` where the file is not whole."
@@ -258,20 +280,25 @@ Fit.save, Fit.load = _save_fit, staticmethod(load_fit)
 MODES = ('exact', 'sample', 'mean')
 
 class PredictorCost(Cost):
-    """Expected predicted latency under relaxed weights. `mode`: 'exact' (one group of choices), 'sample' (`n` draws by `generator`), or 'mean'.
+    """Expected predicted latency under relaxed weights. `mode`: 'exact' (one group of choices), 'sample' (`n` draws by `generator`), or
+    'mean'.
 
-    `cost(space.one_hot(g)) == cost.of(g)` in every mode. ValueError for an unknown mode, a space that the fit does not belong to, or 'exact' where it is too large."""
+    `cost(space.one_hot(g)) == cost.of(g)` in every mode. ValueError for an unknown mode, a space that the fit does not belong to, or
+    'exact' where it is too large."""
     def __init__(self, fit, space, mode='exact', n=8, generator=None):
         if mode not in MODES: raise ValueError(f'mode={mode!r}: allowed are {", ".join(MODES)}')
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1: raise ValueError(f'n={n!r}: allowed is a whole number of at least 1')
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+            raise ValueError(f'n={n!r}: allowed is a whole number of at least 1')
         d = sum(len(e) for e in space.groups.values())*len(space.op_names)
         if fit.meta['space'] != space.name or fit.meta['op_names'] != list(space.op_names) or fit.model.d != d:
-            raise ValueError(f"space {space.name!r} with {', '.join(space.op_names)}: the fit belongs to {fit.meta['space']!r} with {', '.join(fit.meta['op_names'])}")
+            raise ValueError(f"space {space.name!r} with {', '.join(space.op_names)}: the fit belongs to {fit.meta['space']!r} with "
+                             f"{', '.join(fit.meta['op_names'])}")
         self.fit, self.space, self.mode, self.n, self.generator, self.unit = fit, space, mode, n, generator, fit.unit
         self._models, self._table = {}, None
         self.enumerable = len(space.groups) == 1 and space.size() <= 200_000
         if mode == 'exact' and not self.enumerable:
-            raise ValueError(f"mode='exact': space {space.name!r} has {len(space.groups)} groups and 10^{space.log10_size():.1f} networks; allowed are one group and 200,000 networks (use mode='sample')")
+            raise ValueError(f"mode='exact': space {space.name!r} has {len(space.groups)} groups and 10^{space.log10_size():.1f} "
+                             f"networks; allowed are one group and 200,000 networks (use mode='sample')")
 
     def model(self, like):
         "The predictor in the dtype and on the device of the tensor `like`, without gradients of its own."
@@ -298,7 +325,9 @@ def _draw(self, w):
 def _predictor_table(self, like):
     "The predictions for all networks, one axis of length n_ops for each row, in the dtype and on the device of `like`."
     if self._table is None:
-        with torch.no_grad(): self._table = self.fit.model(encode(self.space, _all_weights(self.space), self.fit.meta['live']).to(next(self.fit.model.parameters())))
+        with torch.no_grad():
+            self._table = self.fit.model(encode(self.space, _all_weights(self.space),
+                                                self.fit.meta['live']).to(next(self.fit.model.parameters())))
     if self._table.dtype != like.dtype or self._table.device != like.device: self._table = self._table.to(like)
     return self._table.view([len(self.space.op_names)]*len(next(iter(self.space.groups.values()))))
 
