@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'Latency', 'timer_resolution_ms', 'canary_network', 'measure']
 
 # %% ../../nbs/cost/measure.ipynb #24cb80aa
-import contextlib, gc, io, math, time
+import contextlib, gc, io, math, time, warnings
 from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
@@ -124,7 +124,8 @@ def _onnx_call(module, x, n):
     try: import onnx, onnxruntime, onnxscript   # noqa: F401  the exporter needs all three
     except ImportError as e: raise ImportError(f"backend='onnxruntime' needs {e.name}: pip install nas_nb[export]") from None
     file = io.BytesIO()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # the exporter's own deprecations
         torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = n, 1
