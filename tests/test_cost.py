@@ -2,7 +2,6 @@
 values."""
 import math, os, subprocess, sys, time
 from pathlib import Path
-import numpy as np
 import pytest
 import torch
 from torch import nn
