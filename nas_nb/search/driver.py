@@ -46,6 +46,7 @@ class SearchState:
         self.sources = self.make_sources()
         self.noise = torch.Generator(self.device)
         self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+        self.generators = [p.cost.generator for p in self.parts if isinstance(getattr(p.cost, 'generator', None), torch.Generator)]
         self.protocol = Protocol(net)
         self.steps = dict(bi=(arch_step, weight_step), one=(joint_step,))[level]
         self.epoch = self.step = 0
@@ -93,7 +94,7 @@ def loss(s: SearchState, half: str, W: dict, hooks=None) -> Tensor:
     x, y = s.batch(half)
     logits = s.net(x, W)
     total = cross_entropy(logits, y)
-    s.seen[half] = torch.stack([total.detach(), (logits.detach().argmax(1) == y).float().mean()])
+    s.seen.setdefault(half, torch.stack([total.detach(), (logits.detach().argmax(1) == y).float().mean()]))   # the first pass of a step counts
     hooks = hooks or dict(train=('w_loss',), val=('a_loss',))[half]
     if 'w_loss' in hooks: total = s.protocol.penalty(total)
     for hook in hooks:
@@ -205,7 +206,7 @@ def summary(s: SearchState, trace) -> dict:
     for half in s.sources:
         seen = [step[half] for step in trace if half in step]
         if seen: row[f'{half}_loss'], row[f'{half}_acc'] = torch.stack(seen).mean(0).tolist()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):   # a cost may draw samples: looking at it must not change the run
         W = s.net.arch.weights(s.relax, t=s.values['temperature'], training=False)
         cost = next((p.cost for p in s.parts if p.cost is not None), None)
         if cost is not None: row['cost'] = float(cost(W))
@@ -218,7 +219,7 @@ def snapshot(s: SearchState) -> dict:
     return copy.deepcopy(dict(
         epoch=s.epoch, step=s.step, stopped=s.stopped, history=s.history, pareto=s.pareto, net=s.net.state_dict(),
         w_opt=s.w_opt.state_dict(), a_opt=s.a_opt.state_dict(), rng=rng_state(), sources={k: b.state_dict() for k, b in s.sources.items()},
-        hyper=s.hyper.state_dict(), parts=[p.state_dict() for p in s.parts]))
+        hyper=s.hyper.state_dict(), parts=[p.state_dict() for p in s.parts], generators=[g.get_state() for g in s.generators]))
 
 @patch
 def restore(s: SearchState, tree: dict):
@@ -228,6 +229,7 @@ def restore(s: SearchState, tree: dict):
     for name in ('net', 'w_opt', 'a_opt', 'hyper'): getattr(s, name).load_state_dict(tree[name])
     for name, batches in s.sources.items(): batches.load_state_dict(tree['sources'][name])
     for part, state in zip(s.parts, tree['parts'], strict=True): part.load_state_dict(state)
+    for generator, state in zip(s.generators, tree['generators'], strict=True): generator.set_state(state.cpu())
     set_rng_state(tree['rng'])
 
 @patch
@@ -280,6 +282,6 @@ def run_search(net, task, *, relax=Softmax(), level='bi', hyper=FirstOrder(), ob
         while s.epoch < budget.epochs and not s.stopped:
             s.run_epoch(progress_bar.update)
             progress_bar.set_postfix({k: f'{v:.3g}' for k, v in s.history[-1].items() if k in ('train_loss', 'val_acc', 'train_acc', 'cost')})
-            if checkpoints: checkpoints.save(s.epoch, dict(settings=s.settings(), state=s.snapshot()))
+            if checkpoints: checkpoints.save(checkpoints.steps[-1] + 1 if checkpoints.steps else 1, dict(settings=s.settings(), state=s.snapshot()))
         s.call('finish')
         return SearchResult(select(s), s.history, s.pareto, s.stopped, s)

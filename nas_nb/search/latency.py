@@ -8,6 +8,7 @@ __all__ = ['reachable', 'check_limit', 'LatencyBudget', 'la_search', 'SweepPoint
 # %% ../../nbs/search/latency.ipynb #c2fc788a
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import torch
 from ..core.run import Checkpoints
@@ -17,6 +18,7 @@ from .plugin import Budget, Constraint, Soft
 from .select import Magnitude, Within, limit_in
 
 # %% ../../nbs/search/latency.ipynb #2986da07
+@lru_cache(maxsize=16)     # costs and spaces do not change; several searches ask for the same one
 def reachable(cost: Cost, space) -> tuple[float, float]:
     """Least and largest `cost.of(g)` over the connected networks of `space`, in the cost's unit.
 
@@ -34,22 +36,22 @@ def check_limit(cost: Cost, limit, space) -> Quantity:
 
 # %% ../../nbs/search/latency.ipynb #a0baea97
 class LatencyBudget(Constraint):
-    """Adds lam * cost(W) to the architecture's loss and moves `lam` by the factor exp(rate * (T/limit - 1)) each step, T the cost of the
-    most probable connected network. `lam` starts where both gradients are equally long. `limit`: '0.8ms' or a Quantity."""
-    def __init__(self, cost: Cost, limit, rate: float = 0.1):
-        if not rate > 0: raise ValueError(f'rate={rate!r}: allowed is a number above 0')
-        self.cost, self.limit, self.rate, self.lam = cost, limit_in(cost, limit), rate, None
+    """Adds lam * exp(gain * v) * cost(W) to the architecture's loss and multiplies `lam` by exp(rate * v) each step: v = T/limit - 1, at most 1 in
+    size, T the cost of the most probable connected network. `lam` starts where its term's gradient is a tenth of the loss's. `limit`: '0.8ms' or a Quantity."""
+    def __init__(self, cost: Cost, limit, rate: float = 0.02, gain: float = 3.):
+        if not (rate > 0 and gain >= 0): raise ValueError(f'rate={rate!r}, gain={gain!r}: allowed are a rate above 0 and a gain of at least 0')
+        self.cost, self.limit, self.rate, self.gain, self.lam, self.violation = cost, limit_in(cost, limit), rate, gain, None, 0.
     def start(self, s): check_limit(self.cost, Quantity(self.limit, self.cost.unit), s.net.space)
     def a_loss(self, s, loss, batch):
         expected = self.cost(batch.W)
-        if self.lam is None: self.lam = _length(loss, s.a) / max(_length(expected, s.a), 1e-12)
-        return loss + self.lam * expected
+        if self.lam is None: self.lam = 0.1 * _length(loss, s.a) / max(_length(expected, s.a), 1e-12)
+        return loss + self.lam * math.exp(self.gain * self.violation) * expected
     def after_arch(self, s):
-        violation = self.cost.of(Magnitude()(s)) / self.limit - 1
-        self.lam *= math.exp(self.rate * min(max(violation, -1.), 1.))
+        self.violation = min(self.cost.of(Magnitude()(s)) / self.limit - 1, 1.)
+        self.lam *= math.exp(self.rate * self.violation)
     def epoch_end(self, s): s.record |= dict(lam=self.lam, selected_cost=self.cost.of(Magnitude()(s)))
-    def state_dict(self): return dict(lam=self.lam)
-    def load_state_dict(self, tree): self.lam = tree['lam']
+    def state_dict(self): return dict(lam=self.lam, violation=self.violation)
+    def load_state_dict(self, tree): self.lam, self.violation = tree['lam'], tree['violation']
 
 def _length(value, parameters) -> float:
     "Euclidean length of the gradient of `value` in all `parameters`."
@@ -65,7 +67,6 @@ def la_search(net, task, cost: Cost, *, lam: float = 0., limit=None, **search) -
     Source: Xu et al., arXiv 2001.06392 (objective); the budget's dual ascent is ours."""
     if limit is None: return run_search(net, task, objective=Soft(cost, lam), **search)
     if lam: raise ValueError(f'lam={lam!r} and limit={limit!r}: allowed is one of them')
-    check_limit(cost, limit, net.space)
     return run_search(net, task, constraint=LatencyBudget(cost, limit), **(dict(select=Within(cost, limit)) | search))
 
 # %% ../../nbs/search/latency.ipynb #c9cc8078
@@ -82,9 +83,9 @@ def pareto_sweep(space, task, cost: Cost, *, lams=(), limits=(), warm_epochs=Non
     """One `la_search` for each of `lams` or of `limits` (not both), in their order, each from `space.supernet(seed)`.
 
     `warm_epochs`: searches after the first start from the supernet of the one before and last so many epochs. `ckpt`: a folder for all.
-    Every limit is checked before the first search."""
+    The tightest limit is checked before the first search."""
     if bool(lams) == bool(limits): raise ValueError(f'lams={lams!r}, limits={limits!r}: allowed is exactly one list that is not empty')
-    for limit in limits: check_limit(cost, limit, space)
+    if limits: check_limit(cost, min(limits, key=lambda limit: limit_in(cost, limit)), space)
     points = []
     for i, ask in enumerate([dict(lam=lam) for lam in lams] + [dict(limit=limit) for limit in limits]):
         net, length = space.supernet(seed).to(device), budget

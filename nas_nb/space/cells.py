@@ -6,7 +6,6 @@
 __all__ = ['FixedCell', 'MixedCell', 'TooManyStages', 'CellSpace', 'CellNetwork', 'CellSupernet', 'nb201_space']
 
 # %% ../../nbs/space/cells.ipynb #b1328164
-import copy
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -59,7 +58,7 @@ def _halved(in_shape, stages):
 
 # %% ../../nbs/space/cells.ipynb #98c564fb
 class CellSpace(Space):
-    """Networks of `stages` stages with `cells` equal cells each; a stage starts with twice the channels and half the resolution of the one before.
+    """Networks of `stages` stages with `cells` equal cells each; each stage has twice the channels and half the resolution of the one before.
 
     `ops`: name -> factory `make(C_in, C_out, stride=1, affine=True) -> nn.Module` that keeps height and width at stride 1; 'none' is no edge.
     `nodes`: feature maps of a cell, the first its input, the last its output. `edges`: (source, target), default all with source < target.
@@ -67,11 +66,13 @@ class CellSpace(Space):
     All cells share one group of choices, 'cell'. Override `stem`, `reduction`, `head` for another frame.
     ValueError for sizes below 1, edges out of order; `TooManyStages` where the last stage would be smaller than 2 x 2."""
     def __init__(self, name, ops, nodes=4, edges=None, in_shape=(3, 32, 32), n_classes=10, C=16, stages=2, cells=1):
-        for key, value in dict(nodes=nodes - 1, C=C, stages=stages, cells=cells).items():
-            if not isinstance(value, int) or value < 1: raise ValueError(f'{key} must be an integer >= {1 + (key == "nodes")}, got {value + (key == "nodes")}')
+        for key, value in dict(nodes=nodes, C=C, stages=stages, cells=cells).items():
+            least = 2 if key == 'nodes' else 1
+            if not isinstance(value, int) or value < least: raise ValueError(f'{key} must be an integer >= {least}, got {value!r}')
         if edges is None: edges = [(s, t) for t in range(nodes) for s in range(t)]
         edges = tuple(sorted(((int(s), int(t)) for s, t in edges), key=lambda e: (e[1], e[0])))
-        if len(set(edges)) < len(edges) or any(not 0 <= s < t < nodes for s, t in edges): raise ValueError(f'edges must be distinct pairs source < target < nodes={nodes}, got {edges}')
+        if len(set(edges)) < len(edges) or any(not 0 <= s < t < nodes for s, t in edges):
+            raise ValueError(f'edges must be distinct pairs source < target < nodes={nodes}, got {edges}')
         self.ops, self.nodes, self.C, self.stages, self.cells = dict(ops), nodes, C, stages, cells
         super().__init__(name, ops, {'cell': edges}, {'cell': (1, (nodes - 1,))}, in_shape, n_classes)
         self._check_stages(stages)
@@ -109,7 +110,8 @@ class CellSupernet(Supernet):
         edges = space.groups['cell']
         super().__init__(space, ArchParams({'cell': (len(edges), len(space.op_names))}, generator=generator))
         def make_cell(channels):
-            return MixedCell(edges, space.nodes, lambda row: Choice({name: make(channels, channels, 1, False) for name, make in space.ops.items()}, ('cell', row)))
+            def make_choice(row): return Choice({name: make(channels, channels, 1, False) for name, make in space.ops.items()}, ('cell', row))
+            return MixedCell(edges, space.nodes, make_choice)
         self.stem, body, self.head = space._frame(make_cell, space.C, space.stages, space.cells)
         self.body = nn.ModuleList(body)
     def compute(self, x, W, active):
@@ -117,25 +119,25 @@ class CellSupernet(Supernet):
         for part in self.body: x = part(x, W['cell'], active['cell']) if isinstance(part, MixedCell) else part(x)
         return self.head(x)
 
-# %% ../../nbs/space/cells.ipynb #613f02b6
+# %% ../../nbs/space/cells.ipynb #a5f0922d
 @patch
 def discretize(self: CellSupernet, g, copy_weights=True):
     """The `CellNetwork` that computes what this supernet computes at one-hot weights of genotype `g`: same widths, all edges of `g` but 'none'.
 
-    `copy_weights`: with a copy of the supernet's weights and statistics, in its train or eval mode; else newly initialised."""
+    `copy_weights`: with a copy of the supernet's weights and statistics, in its train or eval mode; else initialised with seed 0."""
     rows = self.space.indices(g)['cell']
     edges = [(s, t, self.space.op_names[i]) for (s, t), i in zip(self.space.groups['cell'], rows)]
-    with torch.random.fork_rng(devices=[]): net = CellNetwork(self.space, edges, affine=False)
+    like = next(self.parameters())
+    with _made_with(0): net = CellNetwork(self.space, edges, affine=False).to(like.device, like.dtype)   # before copying: nothing is rounded
     if copy_weights:
         kept = [(row, i) for row, i in enumerate(rows) if self.space.op_names[i] != NONE]
         for name in ('stem', 'head'): getattr(net, name).load_state_dict(getattr(self, name).state_dict())
         for mine, its in zip(self.body, net.body):
             if not isinstance(mine, MixedCell): its.load_state_dict(mine.state_dict()); continue
             for op, (row, i) in zip(its.ops, kept): op.load_state_dict(mine.choices[row].ops[self.space.op_names[i]].state_dict())
-    like = next(self.parameters())
-    return net.to(like.device, like.dtype).train(self.training)
+    return net.train(self.training)
 
-# %% ../../nbs/space/cells.ipynb #a5f0922d
+# %% ../../nbs/space/cells.ipynb #a70b45e2
 @patch
 def supernet(self: CellSpace, seed=0):
     "A new `CellSupernet` whose weights and architecture parameters belong to `seed`."
@@ -151,7 +153,7 @@ def build(self: CellSpace, g, seed=0, live=True, C=None, stages=None, cells=None
     for k, v in size.items():
         if not isinstance(v, int) or v < 1: raise ValueError(f'{k} must be an integer >= 1, got {v!r}')
     self._check_stages(size.get('stages', self.stages))
-    self.indices(g)
+    self.chosen(g)
     edges = (g.canonical() if live else g).cells[0].edges
     with _made_with(seed): return CellNetwork(self, edges, **size)
 
@@ -161,7 +163,7 @@ def config(self: CellSpace):
     return dict(name=self.name, op_names=list(self.op_names), nodes=self.nodes, edges=[list(e) for e in self.groups['cell']], in_shape=list(self.in_shape),
                 n_classes=self.n_classes, C=self.C, stages=self.stages, cells=self.cells)
 
-# %% ../../nbs/space/cells.ipynb #93515113
+# %% ../../nbs/space/cells.ipynb #f306ae79
 @patch
 def to_str(self: CellSpace, g):
     "NAS-Bench-201's notation: for each node after the first '|operation~source|...|', joined by '+'."
@@ -172,9 +174,14 @@ def to_str(self: CellSpace, g):
 @patch
 def from_str(self: CellSpace, text):
     "The genotype of `to_str`; ValueError for another form, unknown operations or edges."
-    try: edges = [(int(s), t, op) for t, part in enumerate(text.split('+'), 1) for op, s in (item.split('~') for item in part.strip('|').split('|') if item)]
+    try:
+        parts = [[item.split('~') for item in part.strip('|').split('|') if item] for part in text.split('+')]
+        edges = [(int(s), t, op) for t, part in enumerate(parts, 1) for op, s in part]
     except (ValueError, AttributeError) as e: raise ValueError(f"text must look like '|operation~0|+|operation~0|operation~1|', got {text!r}") from e
-    return self.genotype(self.indices(Genotype(self.name, (CellGraph('cell', 1, (self.nodes - 1,), edges),))))
+    g = Genotype(self.name, (CellGraph('cell', 1, (self.nodes - 1,), edges),))
+    if len(self.chosen(g)['cell']) < len(self.groups['cell']):
+        raise ValueError(f'text must name an operation for each edge of {self.groups["cell"]}, got {text!r}')
+    return self._genotype(self.indices(g))
 
 # %% ../../nbs/space/cells.ipynb #b0f66674
 def nb201_space(in_shape=(3, 32, 32), n_classes=10, C=16, stages=3, cells=5):
