@@ -361,14 +361,17 @@ def paper_page(row, places, names):
 def papers_index(papers, uses):
     rows, working = [], 0
     for n, row in papers.items():
-        places = {p[0].path: p[0] for p in uses[n][0] if p[2]} if n in uses else {}
-        working += bool(places)
-        where = ', '.join(f'[{p.title}](/{p.path})' for p in places.values()) or f'`{row["place"]}`'
+        cited = uses[n][0] if n in uses else []
+        done = any(source and p.module == f'nas_nb.{row["place"]}' for p, _, source in cited)
+        state, working = 'working' if done else 'cited' if cited else 'planned', working + done
+        places = {p.path: p for p, _, source in cited if source or not done}
+        where = ', '.join([f'[{p.title}](/{p.path})' for p in places.values()] + ([] if done else [f'`{row["place"]}`']))
         arxiv = f'[{row["arxiv"]}](https://arxiv.org/abs/{row["arxiv"]})' if row['arxiv'] else ''
         title = row['title'].replace('|', '\\|')
-        rows.append(f'| {n} | [{title}](/papers/{n:03d}.md) | {arxiv} | {"**working**" if places else "planned"} | {where} |')
-    return '\n'.join(['# Papers and systems', '', f'The {len(papers)} papers that the package turns into working systems. A system is **working** when a notebook names the paper as its '
-                      f'source, else it is planned, and the last column names the module that will hold it. Working: {working} of {len(papers)}.', '',
+        rows.append(f'| {n} | [{title}](/papers/{n:03d}.md) | {arxiv} | {"**working**" if done else state} | {where} |')
+    return '\n'.join(['# Papers and systems', '', f'The {len(papers)} papers that the package turns into working systems. A system is **working** when the notebook of its module names '
+                      'the paper as its source. *Cited* means that notebooks use something of it, *planned* that none does yet; in both cases the last column names the module '
+                      f'that will hold the system. Working: {working} of {len(papers)}.', '',
                       '{.systems}', '| | paper | arXiv | state | where |', '|---|---|---|---|---|', *rows]) + '\n'
 
 # --- all of it -----------------------------------------------------------------------------------------------------------------------------
