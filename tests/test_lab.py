@@ -16,7 +16,7 @@ def with_widgets():
     for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
         if '.ipynb_checkpoints' in path.parts: continue
         code = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-        if any(re.search(r'\b(interact|interactive|interactive_output|\w+Slider|ToggleButtons|Dropdown)\(', c) for c in code):
+        if any(re.search(r'\b(explore|interact|interactive|interactive_output|\w+Slider|ToggleButtons|Dropdown)\(', c) for c in code):
             found.append(path.relative_to(ROOT/'nbs').as_posix())
     return found
 
