@@ -31,7 +31,9 @@ class Split:
     def __repr__(self): return f'Split({len(self)} images of shape {tuple(self.x.shape[1:])})'
 
     def __len__(self): return len(self.y)
-    def to(self, device): return Split(self.x.to(device), self.y.to(device))
+    def to(self, device):
+        "The same examples on `device`."
+        return Split(self.x.to(device), self.y.to(device))
     def subset(self, idx):
         "The examples at the indices `idx` (a sequence, array or tensor of integers), in that order."
         idx = torch.as_tensor(idx, dtype=torch.int64, device=self.y.device)
@@ -46,11 +48,16 @@ class Sealed:
         if not isinstance(split, Split): raise TypeError(f'split={type(split).__name__}: allowed is a Split')
         self._split, self._count = split, [0] if _count is None else _count
     def open(self):
+        "The `Split`; adds one to `.opened`."
         self._count[0] += 1
         return self._split
     @property
-    def opened(self): return self._count[0]
-    def to(self, device): return Sealed(self._split.to(device), self._count)
+    def opened(self):
+        "How often `open` was called, on this object and its copies on other devices."
+        return self._count[0]
+    def to(self, device):
+        "The same envelope, unopened, on `device`; the count is shared."
+        return Sealed(self._split.to(device), self._count)
     def __len__(self): return len(self._split)
     def __repr__(self): return f'Sealed({len(self)} examples, opened {self.opened} times)'
 
@@ -85,10 +92,13 @@ class Task:
     std: tuple = ()
 
     @property
-    def shape(self): return tuple(self.train.x.shape[1:])
+    def shape(self):
+        "(C, H, W) of one image."
+        return tuple(self.train.x.shape[1:])
     @property
     def n_classes(self): return len(self.classes)
     def to(self, device):
+        "All parts on `device`; ValueError for a device that is not here."
         device = check_device(device)
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
     def halves(self, seed=0):

@@ -8,23 +8,23 @@ __all__ = ['Protocol']
 # %% ../../nbs/core/protocol.ipynb #55509f94
 from torch import nn, Tensor
 
-# %% ../../nbs/core/protocol.ipynb #0babedfa
+# %% ../../nbs/core/protocol.ipynb #8b8629fd
 class Protocol:
-    "Speaks to every submodule of `network` that has `penalty()`, `project_()` or `progress_(t)`; the list is made once, here."
+    "Speaks to every submodule of `network` (itself included) that has `penalty()`, `project_()` or `progress_(t)`; the list is made once, here."
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
         self._penalties, self._projections, self._clocks = ([m for m in modules if callable(getattr(m, name, None))]
                                                             for name in ('penalty', 'project_', 'progress_'))
 
     def penalty(self, loss: Tensor) -> Tensor:
-        "`loss` plus every module's `penalty()`; the same tensor when there is none."
+        "The scalar `loss` plus every module's `penalty()`; the same tensor when there is none."
         for module in self._penalties: loss = loss + module.penalty()
         return loss
 
     def project_(self) -> None:
-        "Call after an optimizer step."
+        "Every module's `project_()`. Call it after an optimizer step."
         for module in self._projections: module.project_()
 
     def progress_(self, t: float) -> None:
-        "Call before a step; `t` from 0 (start of training) to 1 (end)."
+        "Every module's `progress_(t)`. Call it before a step; `t` from 0 (start of training) to 1 (end)."
         for module in self._clocks: module.progress_(t)

@@ -174,7 +174,9 @@ class Checkpoints:
         self.folder, self.name, self.keep, self.damaged = Path(folder), str(name), check_whole('keep', keep, least=1), []
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, step): return self.folder/f'{self.name}-{step:09d}.safetensors'
+    def path(self, step):
+        "The file of `step`, whether it exists or not."
+        return self.folder/f'{self.name}-{step:09d}.safetensors'
 
     @property
     def steps(self):
