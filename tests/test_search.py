@@ -1,6 +1,5 @@
 """The search wing from outside: resume, mutation and composition tests that need several modules at once. Small networks, seconds."""
-import inspect, math
-from dataclasses import replace
+import inspect
 from itertools import product
 from pathlib import Path
 import numpy as np
@@ -10,14 +9,14 @@ from torch import nn
 from nas_nb.core.data import load_task
 from nas_nb.core.run import Checkpoints, load_state, save_state
 from nas_nb.cost.expected import LUTCost
-from nas_nb.relax.choice import Gumbel, Softmax
+from nas_nb.relax.choice import Gumbel
 from nas_nb.relax.core import Cosine, Exponential
 from nas_nb.search import driver
-from nas_nb.search.driver import Budget, Constraint, Plugin, SearchRecipe, SearchState, Soft, run_search
+from nas_nb.search.driver import Budget, Constraint, Plugin, SearchRecipe, Soft, run_search
 from nas_nb.search.hypergrad import FirstOrder, HyperGrad
 from nas_nb.search.latency import LatencyBudget, check_limit, la_search, pareto_sweep, reachable
-from nas_nb.search.retrain import Recipe, TrainingDiverged, train_from_scratch
-from nas_nb.search.select import Magnitude, Within, by_probability
+from nas_nb.search.retrain import Recipe, train_from_scratch
+from nas_nb.search.select import Within, by_probability
 from nas_nb.space.cells import nb201_space
 
 BUDGET = Budget(epochs=3, batch_size=20)

@@ -6,8 +6,8 @@
 __all__ = ['RECIPES', 'Recipe', 'accuracy', 'TrainingDiverged', 'Trained', 'train_from_scratch']
 
 # %% ../../nbs/search/retrain.ipynb #e594727a
-import copy, math
-from dataclasses import asdict, dataclass, field, replace
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
 from torch import nn
