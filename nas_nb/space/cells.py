@@ -9,8 +9,9 @@ __all__ = ['FixedCell', 'MixedCell', 'TooManyStages', 'CellSpace', 'CellNetwork'
 import torch
 from torch import nn
 from fastcore.basics import patch
+from ..core.run import seeded
 from ..ops.conv import NB201_OPS, ResidualReduction, Skip
-from .core import NONE, ArchParams, CellGraph, Choice, Genotype, Space, Supernet, _made_with
+from .core import NONE, ArchParams, CellGraph, Choice, Genotype, Space, Supernet
 
 # %% ../../nbs/space/cells.ipynb #6794c594
 class FixedCell(nn.Module):
@@ -68,7 +69,8 @@ class CellSpace(Space):
     def __init__(self, name, ops, nodes=4, edges=None, in_shape=(3, 32, 32), n_classes=10, C=16, stages=2, cells=1):
         for key, value in dict(nodes=nodes, C=C, stages=stages, cells=cells).items():
             least = 2 if key == 'nodes' else 1
-            if not isinstance(value, int) or value < least: raise ValueError(f'{key} must be an integer >= {least}, got {value!r}')
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f'{key} must be an integer >= {least}, got {value!r}')
         if edges is None: edges = [(s, t) for t in range(nodes) for s in range(t)]
         edges = tuple(sorted(((int(s), int(t)) for s, t in edges), key=lambda e: (e[1], e[0])))
         if len(set(edges)) < len(edges) or any(not 0 <= s < t < nodes for s, t in edges):
@@ -80,9 +82,15 @@ class CellSpace(Space):
         if min(_halved(self.in_shape, stages)) < 2:
             raise TooManyStages(f'stages must leave the last stage at least 2 x 2: {stages} stages over {self.in_shape[1]} x {self.in_shape[2]} leave '
                                 f'{" x ".join(map(str, _halved(self.in_shape, stages)))}')
-    def stem(self, C_in, C): return nn.Sequential(nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
-    def reduction(self, C_in, C_out): return ResidualReduction(C_in, C_out, 2)
-    def head(self, C, n_classes): return nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, n_classes))
+    def stem(self, C_in, C):
+        "Before the first stage: [B, C_in, H, W] -> [B, C, H, W]."
+        return nn.Sequential(nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+    def reduction(self, C_in, C_out):
+        "Between two stages: [B, C_in, H, W] -> [B, C_out, ceil(H/2), ceil(W/2)]."
+        return ResidualReduction(C_in, C_out, 2)
+    def head(self, C, n_classes):
+        "After the last stage: [B, C, H, W] -> logits [B, n_classes]."
+        return nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(C, n_classes))
 
 # %% ../../nbs/space/cells.ipynb #e9909e2f
 @patch
@@ -128,7 +136,7 @@ def discretize(self: CellSupernet, g, copy_weights=True):
     rows = self.space.indices(g)['cell']
     edges = [(s, t, self.space.op_names[i]) for (s, t), i in zip(self.space.groups['cell'], rows)]
     like = next(self.parameters())
-    with _made_with(0): net = CellNetwork(self.space, edges, affine=False).to(like.device, like.dtype)   # before copying: nothing is rounded
+    with seeded(0): net = CellNetwork(self.space, edges, affine=False).to(like.device, like.dtype)   # before copying: nothing is rounded
     if copy_weights:
         kept = [(row, i) for row, i in enumerate(rows) if self.space.op_names[i] != NONE]
         for name in ('stem', 'head'): getattr(net, name).load_state_dict(getattr(self, name).state_dict())
@@ -141,7 +149,7 @@ def discretize(self: CellSupernet, g, copy_weights=True):
 @patch
 def supernet(self: CellSpace, seed=0):
     "A new `CellSupernet` whose weights and architecture parameters belong to `seed`."
-    with _made_with(seed): return CellSupernet(self)
+    with seeded(seed): return CellSupernet(self)
 
 @patch
 def build(self: CellSpace, g, seed=0, live=True, C=None, stages=None, cells=None):
@@ -155,7 +163,7 @@ def build(self: CellSpace, g, seed=0, live=True, C=None, stages=None, cells=None
     self._check_stages(size.get('stages', self.stages))
     self.chosen(g)
     edges = (g.canonical() if live else g).cells[0].edges
-    with _made_with(seed): return CellNetwork(self, edges, **size)
+    with seeded(seed): return CellNetwork(self, edges, **size)
 
 @patch
 def config(self: CellSpace):
@@ -185,5 +193,7 @@ def from_str(self: CellSpace, text):
 
 # %% ../../nbs/space/cells.ipynb #b0f66674
 def nb201_space(in_shape=(3, 32, 32), n_classes=10, C=16, stages=3, cells=5):
-    "The topology space of NAS-Bench-201 (Dong, Yang, ICLR 2020): 4 nodes, 6 edges, 5 operations, 15,625 cells. Its own networks: C=16, 3 stages of 5 cells."
+    """The topology space of NAS-Bench-201 (Dong, Yang, ICLR 2020): 4 nodes, 6 edges, 5 operations, 15,625 cells. The defaults are its own networks.
+
+    `in_shape`: (channels, height, width). `C`: channels of the first stage. Errors as in `CellSpace`."""
     return CellSpace('nb201', NB201_OPS, 4, None, in_shape, n_classes, C, stages, cells)

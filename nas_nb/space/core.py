@@ -6,7 +6,7 @@
 __all__ = ['NONE', 'SKIP', 'Weights', 'CellGraph', 'Genotype', 'ArchParams', 'active_operations', 'Choice', 'Supernet', 'Space']
 
 # %% ../../nbs/space/core.ipynb #0e5d6345
-import contextlib, itertools, json, math
+import itertools, json, math
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ class CellGraph:
         object.__setattr__(self, 'outputs', tuple(self.outputs))
         object.__setattr__(self, 'edges', tuple((int(s), int(t), str(op)) for s, t, op in self.edges))
         for s, t, op in self.edges:
-            if not (0 <= s < t and t >= self.inputs): raise ValueError(f'edges must lead forward into a node >= inputs={self.inputs}, got {(s, t, op)}')
+            if not (0 <= s < t and t >= self.inputs):
+                raise ValueError(f'edges must lead forward into a node >= inputs={self.inputs}, got {(s, t, op)}')
 
 # %% ../../nbs/space/core.ipynb #535e5b2d
 def _live(cell):
@@ -137,7 +138,8 @@ class Choice(nn.Module):
         if active is None: active = active_operations(w.unsqueeze(-2))[0]
         return tuple(i for i in active if not self.zero_like[i])
     def forward(self, x, w, active=None):
-        if w.shape[-1] != len(self.names): raise ValueError(f'w must hold {len(self.names)} weights (one for each of {self.names}), got shape {tuple(w.shape)}')
+        if w.shape[-1] != len(self.names):
+            raise ValueError(f'w must hold {len(self.names)} weights (one for each of {self.names}), got shape {tuple(w.shape)}')
         total, modules, parts = None, tuple(self.ops.values()), w.unbind(-1)
         for i in self.running(w, active):
             y = modules[i](x)
@@ -147,19 +149,12 @@ class Choice(nn.Module):
         return modules[self.zero_like.index(True)](x) if any(self.zero_like) else torch.zeros_like(x)
     def extra_repr(self): return f'key={self.key}'
 
-# %% ../../nbs/space/core.ipynb #3ea37539
-@contextlib.contextmanager
-def _made_with(seed):
-    "Modules made inside have the weights that belong to `seed`; the global generator is as before afterwards."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
 # %% ../../nbs/space/core.ipynb #89934a8b
 class Supernet(nn.Module):
     """All networks of `space` in one. A subclass makes its modules and defines `compute(x, W, active)`.
 
-    `forward(x, W=None)`: W maps groups to weights; None is the softmax of the architecture parameters `arch`."""
+    `forward(x, W=None)`: x [B, C, H, W]; W maps each group to weights [rows, n_ops], or [B, rows, n_ops] for weights of each sample's own; None
+    is the softmax of the architecture parameters `arch`. Returns logits [B, n_classes]. ValueError where W lacks a group or has another shape."""
     def __init__(self, space, arch):
         super().__init__()
         self.space, self.arch = space, arch
@@ -170,16 +165,22 @@ class Supernet(nn.Module):
                 raise ValueError(f'W must hold weights {shape} for group {name!r}, got {tuple(W[name].shape) if name in W else "none"}')
         return self.compute(x, W, {name: active_operations(W[name]) for name in self.arch.groups})
     def compute(self, x, W, active): raise NotImplementedError(f'{type(self).__name__} must define compute()')
-    def arch_parameters(self): return list(self.arch.parameters())
+    def arch_parameters(self):
+        "The architecture's logits, one parameter a group."
+        return list(self.arch.parameters())
     def weight_parameters(self):
         "All parameters but the architecture's."
         own = {id(p) for p in self.arch.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
-    def log10_size(self): return self.space.log10_size()
+    def log10_size(self):
+        "log10 of the number of networks in it."
+        return self.space.log10_size()
     def discretize(self, g, copy_weights=True):
         "The network of genotype `g` with this supernet's operations, widths and (copied) weights, without a `Choice`."
         raise NotImplementedError(f'{type(self).__name__} must define discretize()')
-    def build(self, g, **size): return self.space.build(g, **size)
+    def build(self, g, **size):
+        "A new network of genotype `g`: `space.build`."
+        return self.space.build(g, **size)
 
 # %% ../../nbs/space/core.ipynb #6fec65f2
 class Space:
@@ -188,14 +189,22 @@ class Space:
     def __init__(self, name, op_names, groups, ends, in_shape, n_classes):
         self.name, self.op_names, self.in_shape, self.n_classes = name, tuple(op_names), tuple(in_shape), int(n_classes)
         self.groups, self.ends = {g: tuple(map(tuple, e)) for g, e in groups.items()}, dict(ends)
-        if len(self.in_shape) != 3 or min(self.in_shape) < 1: raise ValueError(f'in_shape must be (channels, height, width) >= 1, got {in_shape}')
+        if len(self.in_shape) != 3 or min(self.in_shape) < 1:
+            raise ValueError(f'in_shape must be (channels, height, width) >= 1, got {in_shape}')
         if self.n_classes < 2: raise ValueError(f'n_classes must be at least 2, got {n_classes}')
-        if not set(self.op_names) - {NONE}: raise ValueError(f'op_names must hold an operation besides {NONE!r}, got {self.op_names}')
+        if not set(self.op_names) - {NONE}:
+            raise ValueError(f'op_names must hold an operation besides {NONE!r}, got {self.op_names}')
         full = [CellGraph(g, *self.ends[g], tuple((s, t, 'any') for s, t in e)) for g, e in self.groups.items()]
         if not all(map(_live, full)): raise ValueError(f'groups must connect an input with an output, got {self.groups}')
-    def size(self): return len(self.op_names)**sum(map(len, self.groups.values()))
-    def log10_size(self): return sum(map(len, self.groups.values()))*math.log10(len(self.op_names))
-    def example(self, batch=1): return torch.randn(batch, *self.in_shape, generator=torch.Generator().manual_seed(0))
+    def size(self):
+        "The number of genotypes, an exact int."
+        return len(self.op_names)**sum(map(len, self.groups.values()))
+    def log10_size(self):
+        "Its logarithm to base 10."
+        return sum(map(len, self.groups.values()))*math.log10(len(self.op_names))
+    def example(self, batch=1):
+        "Normal noise [batch, C, H, W], the same at each call: an input to measure or to trace with."
+        return torch.randn(batch, *self.in_shape, generator=torch.Generator().manual_seed(0))
 
 # %% ../../nbs/space/core.ipynb #a633e5d6
 def _rows(self, choices):

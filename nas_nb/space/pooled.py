@@ -14,7 +14,9 @@ from .cells import CellSpace
 class PooledSpace(CellSpace):
     "A `CellSpace` whose reductions are average pooling, a 1x1 convolution and batch norm: they see no shapes."
     def reduction(self, C_in, C_out):
-        return nn.Sequential(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), nn.Conv2d(C_in, C_out, 1, bias=False), nn.BatchNorm2d(C_out))
+        "Between two stages: [B, C_in, H, W] -> [B, C_out, ceil(H/2), ceil(W/2)]."
+        mean = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        return nn.Sequential(mean, nn.Conv2d(C_in, C_out, 1, bias=False), nn.BatchNorm2d(C_out))
 
 def pooled_space(in_shape=(1, 8, 8), n_classes=10, C=16, stages=2, cells=1):
     "The 15,625 cells of NAS-Bench-201 in a pooled frame. `in_shape`: (channels, height, width); sizes and errors as in `CellSpace`."
