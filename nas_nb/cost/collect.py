@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 from ..core.progress import bar
-from .measure import measure, _check_measure
+from ..core.run import check_whole
+from .measure import check_measure, measure
 
 # %% ../../nbs/cost/collect.ipynb #95792e34
 def sample_genotypes(space, n, seed=0, connected=True):
@@ -20,8 +21,7 @@ def sample_genotypes(space, n, seed=0, connected=True):
     a prefix for m < n.
 
     ValueError where `n` is below 1 or the space has fewer different networks."""
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f'n={n!r}: allowed is a whole number of at least 1')
+    check_whole('n', n, least=1)
     r, seen, out, misses = np.random.default_rng(seed), set(), [], 0
     while len(out) < n:
         g = space.sample(r, connected=connected)
@@ -86,7 +86,7 @@ def read_measurements(path, repair=False):
 
 # %% ../../nbs/cost/collect.ipynb #8f5ed82f
 def _measure_chunk(space, genotypes, x, lowest_ms, tries=3, **options):
-    "The `Latency` of each genotype, and the factor by which the machine was slower than at its best in the table (1.0: not corrected)."
+    "The `Latency` of each genotype, the parameters of each, and the factor by which the machine was slower than at its best in the table (1.0: not corrected)."
     networks = {space.to_str(g): space.build(g) for g in genotypes}
     best = None
     for k in range(tries):
@@ -114,11 +114,9 @@ def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eage
     Columns: `COLUMNS`; `latency_ms` is `Latency.ms` for a batch of `batch`, (`low_ms`, `high_ms`) its 95 % interval. With `path`
     the table is kept in that CSV file after every chunk, and networks that it already holds are not measured again.
     ValueError for bad arguments, and where `path` holds rows of another space, backend, thread count, batch or device."""
-    for name, value in (('batch', batch), ('chunk', chunk)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
+    for name, value in (('batch', batch), ('chunk', chunk)): check_whole(name, value, least=1)
     x = space.example(batch)
-    device = _check_measure({'any network': nn.Identity()}, x, rounds, None, threads, backend, device, True, .1)
+    device = check_measure({'any network': nn.Identity()}, x, rounds, None, threads, backend, device, True, .1)
     genotypes = sample_genotypes(space, n, seed)
     names = [space.to_str(g) for g in genotypes]
     conditions = dict(zip(CONDITIONS, (space_key(space), backend, threads, batch, str(device))))

@@ -42,7 +42,9 @@ class Quantity:
             raise ValueError(f'unit={self.unit!r}: allowed is a name, such as {", ".join(UNITS)}')
         object.__setattr__(self, 'value', float(self.value))
         object.__setattr__(self, 'unit', _SPELLINGS.get(self.unit, self.unit))
-    def to(self, unit): return Quantity(self.value*unit_factor(self.unit, unit), unit)
+    def to(self, unit):
+        "The same quantity in another unit of its kind; ValueError for another kind."
+        return Quantity(self.value*unit_factor(self.unit, unit), unit)
     def __str__(self): return f'{self.value:.6g} {self.unit}'
     def __hash__(self):
         kind, scale = _UNITS.get(self.unit, (self.unit, 1.))
@@ -103,11 +105,15 @@ class Cost:
     def of(self, g):
         "The cost of the genotype `g`: a float in `self.unit`."
         with torch.no_grad(): return float(self(self.space.one_hot(g)))
-    def quantity(self, g): return Quantity(self.of(g), self.unit)
+    def quantity(self, g):
+        "`of(g)` with its unit."
+        return Quantity(self.of(g), self.unit)
     def number(self, quantity):
         "The value of a Quantity in this cost's unit; TypeError for a bare number."
         return as_number(quantity, self.unit)
-    def to(self, unit): return Affine(self, unit_factor(self.unit, unit), 0., unit=unit)
+    def to(self, unit):
+        "The same cost in another unit of its kind; ValueError for another kind."
+        return Affine(self, unit_factor(self.unit, unit), 0., unit=unit)
     def __add__(self, other): return _Sum(self, other)
     def __radd__(self, other): return _Sum(self, other)
     def __repr__(self): return f'{type(self).__name__}(unit={self.unit!r})'

@@ -32,9 +32,6 @@ class LUTCost(Cost):
         if not math.isfinite(self.constant): raise ValueError(f'constant={constant!r}: allowed is a finite number')
     def __call__(self, W):
         return self.constant + sum((W[group]*t.to(W[group])).sum() for group, t in self.table.items())
-    def of(self, g):
-        W = self.space.one_hot(g, dtype=torch.float32)
-        return float(self(W))
     def bounds(self):
         "The least and the largest cost over all networks, connected or not."
         return tuple(self.constant + sum(float(f(t, dim=1).sum()) for t in self.table.values()) for f in (torch.amin, torch.amax))
@@ -100,4 +97,6 @@ class Multilinear(Cost):
         w = W[self.group]
         if self.table.dtype != w.dtype or self.table.device != w.device: self.table = self.table.to(w)
         return contract(self.table, w)
-    def of(self, g): return float(self.table[tuple(self.space.indices(g)[self.group])])
+    def of(self, g):
+        "The entry of the genotype `g`, a float in `unit`."
+        return float(self.table[tuple(self.space.indices(g)[self.group])])

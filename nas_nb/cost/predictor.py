@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from ..core.run import load_state, save_state
+from ..core.run import check_whole, load_state, save_state
 from .core import Cost
 from .expected import contract
 from ..relax.core import straight_through
@@ -86,8 +86,12 @@ class LatencyPredictor(nn.Module):
         for name, value in dict(mean=torch.zeros(d), std=torch.ones(d), coefficients=torch.zeros(d), constant=torch.ones(()),
                                 floor=torch.tensor(1e-6), share=torch.ones(())).items():
             self.register_buffer(name, value)
-    def additive(self, x): return (self.constant + x @ self.coefficients).clamp_min(self.floor)
-    def residual(self, x): return self.mlp((x - self.mean)/self.std).squeeze(-1)
+    def additive(self, x):
+        "The linear part [...] of encodings [..., d], at least `floor`."
+        return (self.constant + x @ self.coefficients).clamp_min(self.floor)
+    def residual(self, x):
+        "What the network adds to the logarithm, [...], before it is shrunk by `share`."
+        return self.mlp((x - self.mean)/self.std).squeeze(-1)
     def forward(self, x): return self.additive(x)*torch.exp(self.share*self.residual(x))
 
 # %% ../../nbs/cost/predictor.ipynb #5f2cb40d
@@ -139,7 +143,9 @@ class Fit:
     scores: np.ndarray
     meta: dict = field(default_factory=dict)
     @property
-    def unit(self): return self.meta['unit']
+    def unit(self):
+        "Unit of the predictions, e.g. 'ms'."
+        return self.meta['unit']
     def half_width(self, level=.9):
         "z: the interval of `level` around a prediction is (prediction·exp(-z), prediction·exp(z))."
         if not 0 < level < 1: raise ValueError(f'level={level!r}: allowed is a number between 0 and 1')
@@ -287,8 +293,7 @@ class PredictorCost(Cost):
     'exact' where it is too large."""
     def __init__(self, fit, space, mode='exact', n=8, generator=None):
         if mode not in MODES: raise ValueError(f'mode={mode!r}: allowed are {", ".join(MODES)}')
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-            raise ValueError(f'n={n!r}: allowed is a whole number of at least 1')
+        check_whole('n', n, least=1)
         d = sum(len(e) for e in space.groups.values())*len(space.op_names)
         if fit.meta['space'] != space.name or fit.meta['op_names'] != list(space.op_names) or fit.model.d != d:
             raise ValueError(f"space {space.name!r} with {', '.join(space.op_names)}: the fit belongs to {fit.meta['space']!r} with "
