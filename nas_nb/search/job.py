@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.data import load_task
 from ..core.progress import bar
-from ..core.run import RunFolder, check_device, environment, threads
+from ..core.run import RunFolder, check_device, check_whole, environment, threads
 from ..cost.collect import sample_and_measure
 from ..cost.core import parse_quantity
 from ..cost.measure import measure
@@ -30,9 +30,11 @@ MIN_SAMPLES = 20   # of fit_predictor
 class JobConfig:
     """What the main job is asked to do; all that decides its result. Raises ValueError naming the field, its value and what is allowed.
 
-    `data`: name or path for `load_task`. `budget`: time with a unit ('0.8ms') or None. `lambdas`: trade-offs in 1/ms, used where there is no budget.
-    `samples`: networks to measure. `channels`, `stages`, `cells`: width of the first stage, resolutions, cells a stage. `batch`: images a timed call.
-    `threads`: of torch while measuring and training. `randoms`: random networks of the winner's latency; `background`: further ones for the picture."""
+    `data`: name or path for `load_task`. `space`: a key of `SPACES`. `device`: 'cpu', 'cuda', ... `budget`: time with a unit ('0.8ms') or None.
+    `lambdas`: trade-offs in 1/ms, used where there is no budget. `samples`: networks to measure, at least 20. `epochs`, `retrain_epochs`: of each search
+    and of each training from scratch. `channels`, `stages`, `cells`: width of the first stage, resolutions, cells a stage. `batch`: images a timed
+    call. `threads`: of torch while measuring and training. `randoms`: random networks of the winner's latency; `background`: further ones for the
+    picture. `seed`: of everything random."""
     data: str = 'digits'
     space: str = 'pooled'
     device: str = 'cpu'
@@ -58,15 +60,16 @@ def check_config(c):
     if c.space not in SPACES: raise ValueError(f'space={c.space!r}: unknown; allowed are {", ".join(sorted(SPACES))}')
     check_device(c.device)
     for name in ('epochs', 'retrain_epochs', 'channels', 'stages', 'cells', 'batch', 'threads', 'randoms'):
-        value = getattr(c, name)
-        if not isinstance(value, int) or value < 1: raise ValueError(f'{name}={value!r}: a whole number of at least 1 is needed')
-    if c.background < 0: raise ValueError(f'background={c.background!r}: a whole number of at least 0 is needed')
-    if c.samples < MIN_SAMPLES: raise ValueError(f'samples={c.samples!r}: the latency predictor needs at least {MIN_SAMPLES} measured networks')
+        check_whole(name, getattr(c, name), least=1)
+    check_whole('background', c.background)
+    check_whole('seed', c.seed)
+    check_whole('samples', c.samples, least=MIN_SAMPLES)   # what the latency predictor needs
     if c.budget is not None:
         try: parse_quantity(c.budget).to('ms')
         except ValueError as e: raise ValueError(f'budget={c.budget!r}: {e}') from None
     if not c.lambdas: raise ValueError('lambdas=(): at least one trade-off in 1/ms is needed, e.g. 0,0.5,1,2')
-    if any(not np.isfinite(lam) or lam < 0 for lam in c.lambdas): raise ValueError(f'lambdas={c.lambdas}: finite values >= 0 in 1/ms are needed')
+    if any(not np.isfinite(lam) or lam < 0 for lam in c.lambdas):
+        raise ValueError(f'lambdas={c.lambdas}: finite values >= 0 in 1/ms are needed')
     if len(set(c.lambdas)) < len(c.lambdas): raise ValueError(f'lambdas={c.lambdas}: each value may stand once')
 
 # %% ../../nbs/search/job.ipynb #88e694ac
@@ -76,9 +79,13 @@ class Ask:
     lam: float | None = None
     budget_ms: float | None = None
     @property
-    def name(self): return f'lambda={self.lam:g}' if self.budget_ms is None else f'budget={self.budget_ms:g}ms'
+    def name(self):
+        "What the search is called in reports: 'lambda=0.5' or 'budget=0.8ms'."
+        return f'lambda={self.lam:g}' if self.budget_ms is None else f'budget={self.budget_ms:g}ms'
     @property
-    def file(self): return 'search-' + self.name.replace('=', '-').replace('.', '_')
+    def file(self):
+        "The name as a file name."
+        return 'search-' + self.name.replace('=', '-').replace('.', '_')
 
 def asks(c):
     "The searches of a JobConfig: one for each lambda, or lambda=0 and the budget."
@@ -95,9 +102,10 @@ class Job:
         self.config, self.device, self.seconds = config, check_device(config.device), {}
         self.task = (load_task(config.data, seed=config.seed) if task is None else task).to(self.device)
         if space is None:
-            space = SPACES[config.space](in_shape=self.task.shape, n_classes=self.task.n_classes, C=config.channels, stages=config.stages, cells=config.cells)
-        self.space = space
-        described = {**asdict(config), 'space_config': space.config(), 'task': [self.task.name, len(self.task.train), len(self.task.val), len(self.task.test)]}
+            space = SPACES[config.space](in_shape=self.task.shape, n_classes=self.task.n_classes,
+                                         C=config.channels, stages=config.stages, cells=config.cells)
+        self.space, parts = space, [len(part) for part in (self.task.train, self.task.val, self.task.test)]
+        described = {**asdict(config), 'space_config': space.config(), 'task': [self.task.name, *parts]}
         self.folder = RunFolder(out, described, resume=resume, overwrite=overwrite)
     def __enter__(self): return self
     def __exit__(self, *exc): self.folder.close()
@@ -192,7 +200,8 @@ def pick(networks, n_val, budget_ms=None):
 
 # %% ../../nbs/search/job.ipynb #244ee6b7
 def peers(table, ms, n, background, exclude=()):
-    """Genotypes out of the measured `table` (genotype, latency_ms, predicted_ms): the `n` nearest to the latency `ms`, and `background` others at even quantiles of latency."""
+    """Genotypes out of the measured `table` (genotype, latency_ms, predicted_ms): the `n` nearest to the latency `ms`, and `background` others
+    at even quantiles of latency. `exclude`: genotypes that are left out."""
     table = table[~table.genotype.isin(set(exclude))]
     off = np.maximum(abs(table.latency_ms/ms - 1), abs(table.predicted_ms/ms - 1))
     near = table.genotype[off.sort_values(kind='stable').index[:n]].tolist()

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 from ..core.plot import plot_cell, plot_choices, plot_pareto, plot_predictor
 from ..core.run import atomic_write, load_state, save_state
+from ..cost.measure import onnx_program
 from ..space.cells import nb201_space
 from ..space.core import Genotype
 from ..space.pooled import pooled_space
@@ -31,7 +32,7 @@ def _pays(report):
     return bool(kept) and speed >= .2, f'{name} takes {100*speed:.0f} % less time than λ = 0 and loses {100*loss:.1f} points of test accuracy'
 
 def equal_latency(report, tolerance=.1):
-    "The random networks whose measured latency is within `tolerance` of the winner's."
+    "The random networks (rows of `report['random']`) of the role 'equal latency' whose measured latency is within the share `tolerance` of the winner's."
     ms = _by_name(report, report['winner'])['latency_ms']
     return [n for n in report['random'] if n['role'] == 'equal latency' and abs(n['latency_ms']/ms - 1) <= tolerance]
 
@@ -48,7 +49,7 @@ def claims(report):
 # %% ../../nbs/search/report.ipynb #30f6b872
 def table(report):
     "The found networks, the random ones of equal latency, and the claims, as text for a terminal."
-    lines = [f'{"network":<18}{"latency ms":>11}{"± iqr":>8}{"predicted":>11}{"params":>9}{"val":>8}{"test":>8}']
+    lines = [f'{"network":<18}{"latency ms":>11}{"iqr ms":>8}{"predicted":>11}{"params":>9}{"val":>8}{"test":>8}']
     def row(name, n, mark=''): return f'{name:<18}{n["latency_ms"]:>11.3f}{n["latency_iqr_ms"]:>8.3f}{n["predicted_ms"]:>11.3f}{n["params"]:>9}{n["val_acc"]:>8.3f}{n["test_acc"]:>8.3f}{mark}'
     lines += [row(n['name'], n, '  <- winner' if n['name'] == report['winner'] else '') for n in report['networks']]
     equal = equal_latency(report)
@@ -138,12 +139,10 @@ def export_onnx(network, example, path):
     """Write `network` as ONNX with a free batch size, run it, and return the largest absolute difference of its outputs on `example` [N, C, H, W].
 
     ImportError names the `pip install` that brings what is missing."""
-    try: import onnx, onnxruntime, onnxscript  # noqa: F401  the exporter needs all three
-    except ImportError as e: raise ImportError(f'ONNX export needs {e.name}: pip install nas_nb[export]') from None
     network = network.cpu().eval()
-    batch = torch.export.Dim('batch', min=1)
-    program = torch.onnx.export(network, (example.repeat(2, 1, 1, 1),), dynamo=True, verbose=False, dynamic_shapes=({0: batch},))
+    program = onnx_program(network, example.repeat(2, 1, 1, 1), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
     program.save(str(path))
+    import onnxruntime   # an extra: `onnx_program` has said so where it is missing
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     with torch.inference_mode(): ours = network(example)
     theirs = session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
