@@ -74,6 +74,7 @@ def contract(table, w):
     for row in range(w.shape[0] - 1, -1, -1): table = table @ w[row]
     return table
 
+# %% ../../nbs/cost/expected.ipynb #1b899897
 class Multilinear(Cost):
     """Exact expected cost of a space with one group of choices: `fn_or_table` is `fn(genotype) -> float` or an array [n_ops]*rows, in
     `unit`.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from ..core.progress import bar
 from ..core.run import check_device, check_whole, environment, threads as _thread_count
@@ -48,18 +49,22 @@ class Latency:
     def iqr_ms(self):
         "Interquartile range of the samples, ms."
         return float(np.subtract(*np.quantile(self.samples_ms, [.75, .25])))
-    @property
-    def per_image_ms(self):
-        "`ms` divided by the batch size: the share of one image, not the latency of one."
-        return self.ms/self.batch
-    @property
-    def rounds_used(self):
-        "Number of samples."
-        return len(self.samples_ms)
-    @property
-    def drift(self):
-        "Share of the samples that were discarded, 0 to 1."
-        return self.discarded/max(1, self.discarded + self.rounds_used)
+
+# %% ../../nbs/cost/measure.ipynb #b2337b32
+@patch(as_prop=True)
+def per_image_ms(self: Latency):
+    "`ms` divided by the batch size: the share of one image, not the latency of one."
+    return self.ms/self.batch
+
+@patch(as_prop=True)
+def rounds_used(self: Latency):
+    "Number of samples."
+    return len(self.samples_ms)
+
+@patch(as_prop=True)
+def drift(self: Latency):
+    "Share of the samples that were discarded, 0 to 1."
+    return self.discarded/max(1, self.discarded + self.rounds_used)
 
 # %% ../../nbs/cost/measure.ipynb #ce794b06
 def _interval(samples, quantile=.1, level=.95, repeats=400, seed=0):
@@ -159,6 +164,7 @@ def _onnx_call(module, x, n):
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda _: session.run(None, feed)
 
+# %% ../../nbs/cost/measure.ipynb #49ae2f0e
 def _ready(network, x, backend, device, n):
     "What is called: `network` on `device` by `backend`."
     if not isinstance(network, nn.Module): return network
