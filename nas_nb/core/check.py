@@ -91,22 +91,25 @@ def _close(a, b, tol, what):
     assert gap <= tol, f'{what}: largest difference {gap:.3g}, allowed {tol:.3g}'   # false for NaN as well
 
 # %% ../../nbs/core/check.ipynb #f22c8057
+def _simplex(relax): return getattr(relax, 'simplex', True)
+
 @law('relax')
 def relax_simplex(relax, device='cpu'):
-    "Weights are >= 0 and sum to 1 along the last dimension."
+    "Weights are >= 0 and sum to 1 along the last dimension; with `simplex = False` they are from 0 to 1."
     for t, training in _cases():
         w = _draw(relax, _logits(4, 5, device=device), t, training)
         assert (w >= 0).all(), f't={t}, training={training}: smallest weight {float(w.min())}'
+        if not _simplex(relax): assert (w <= 1 + 1e-6).all(), f't={t}, training={training}: largest weight {float(w.max())}'; continue
         _close(w.sum(-1), torch.ones_like(w.sum(-1)), 1e-5, f't={t}, training={training}: sums of the weights against 1')
 
 @law('relax')
 def relax_leading_dims(relax, device='cpu'):
-    "Any leading dimensions are kept, each row is a choice of its own, and one-of-one is certain."
+    "Any leading dimensions are kept, each row is a choice of its own, and (on the simplex) one-of-one is certain."
     alpha = _logits(2, 3, 5, device=device)
     w = _draw(relax, alpha, training=False)
     assert w.shape == alpha.shape, f'logits {tuple(alpha.shape)} gave weights {tuple(w.shape)}'
     _close(w[1, 2], _draw(relax, alpha[1, 2], training=False), 1e-6, 'a row alone against the same row in a batch')
-    for training in (True, False):
+    for training in (True, False) if _simplex(relax) else ():
         w = _draw(relax, alpha[..., :1], training=training)
         _close(w, torch.ones_like(w), 1e-6, 'the weight of the only alternative against 1')
 
@@ -118,7 +121,8 @@ def relax_dtype(relax, device='cpu'):
             alpha = _logits(4, 5, dtype=dtype, device=device)
             w = _draw(relax, alpha, t, training)
             assert w.dtype == dtype and w.device == alpha.device, f'{dtype} on {alpha.device} became {w.dtype} on {w.device}'
-            _close(w.sum(-1), torch.ones_like(w.sum(-1)), 5*torch.finfo(dtype).eps, f'{dtype}, t={t}: sums of the weights against 1')
+            assert w.isfinite().all(), f'{dtype}, t={t}: {int((~w.isfinite()).sum())} of {w.numel()} weights are not finite'
+            if _simplex(relax): _close(w.sum(-1), torch.ones_like(w.sum(-1)), 5*torch.finfo(dtype).eps, f'{dtype}, t={t}: sums of the weights against 1')
 
 # %% ../../nbs/core/check.ipynb #65874d62
 @law('relax')
@@ -162,16 +166,21 @@ def _one_hot_argmax(alpha): return torch.nn.functional.one_hot(alpha.argmax(-1),
 
 @law('relax')
 def relax_cold_limit(relax, device='cpu'):
-    "In evaluation, t -> 0 gives the one-hot vector of the largest logit."
+    "In evaluation, t -> 0 gives the one-hot vector of the largest logit; with `simplex = False` that one's weight is the largest."
     alpha = _logits(4, 5, device=device)
+    if not _simplex(relax):
+        w = _draw(relax, alpha, training=False)
+        assert torch.equal(_one_hot_argmax(w), _one_hot_argmax(alpha)), 'the largest weight is not that of the largest logit'
+        return
     cold = _draw(relax, alpha, 1e-4, training=False)
     _close(cold, _one_hot_argmax(alpha), 1e-4, 'weights at t=1e-4 against the one-hot argmax of the logits')
 
 @law('relax')
 def relax_hot_limit(relax, device='cpu'):
-    "In evaluation, t -> infinity gives uniform weights (asked of the soft twin of a hard relaxation)."
+    "In evaluation, t -> infinity gives equal weights, 1/n on the simplex (asked of the soft twin of a hard relaxation)."
     alpha = _logits(4, 5, device=device)
-    _close(_draw(_soft(relax), alpha, 1e6, training=False), torch.full_like(alpha, 1/5), 1e-4, 'weights at t=1e6 against 1/n')
+    w = _draw(_soft(relax), alpha, 1e6, training=False)
+    _close(w, torch.full_like(alpha, 1/5) if _simplex(relax) else w[:, :1].expand_as(w), 1e-4, 'weights at t=1e6 against equal weights')
 
 # %% ../../nbs/core/check.ipynb #f66400c3
 def _value_and_grad(relax, alpha, direction):
