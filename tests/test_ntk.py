@@ -1,0 +1,144 @@
+"""The tangent kernel as a package: many random architectures against torch.func, memory that is kept, nothing left behind, other processes' habits."""
+import math, os, subprocess, sys
+import pytest, torch, torch.utils.checkpoint
+from torch import nn
+from torch.func import functional_call, jacrev, vmap
+from nas_nb.lens.layer_factors import FactorPlan, sample_gradients
+from nas_nb.lens.ntk import NTKSpectrum, kernel_regression, ntk, ntk_matvec, ntk_trace
+
+def by_jacobian(model, x1, x2):
+    "The kernel by plain Jacobians, independent of the package."
+    params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    rest = {k: t.detach() for k, t in (*model.named_parameters(), *model.named_buffers()) if k not in params}
+    def f(p, x): return functional_call(model, {**p, **rest}, (x[None],))[0].reshape(-1)
+    a, b = (vmap(jacrev(f), (None, 0))(params, x) for x in (x1, x2))
+    return sum(torch.einsum('nok,mpk->nmop', a[k].flatten(2), b[k].flatten(2)) for k in params)
+
+def random_network(seed):
+    "A random stack of convolutions, norms and dense layers, some of it frozen, and its input shape."
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *options: options[int(torch.randint(len(options), (1,), generator=g))]
+    nd, c = draw(1, 2), 4
+    conv, norm, pool = ((nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d), (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d))[nd - 1]
+    layers = []
+    for _ in range(draw(1, 2, 3)):
+        width, groups = draw(4, 8, 16), draw(1, 2, 4)
+        layers += [conv(c, width, draw(1, 2, 3), stride=draw(1, 2), padding=draw(1, 2), dilation=draw(1, 2), groups=groups, bias=draw(True, False))]
+        layers += [draw(norm(width), nn.GroupNorm(2, width), nn.Identity()), draw(nn.ReLU(inplace=True), nn.Tanh(), nn.GELU())]
+        c = width
+    layers += [pool(draw(1, 2)), nn.Flatten(), nn.LazyLinear(draw(3, 20)), nn.Tanh(), nn.LazyLinear(draw(1, 3))]
+    model = nn.Sequential(*layers).double().eval()
+    shape = (4, *(9,)*nd)
+    model(torch.zeros(1, *shape, dtype=torch.float64))
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64)/math.sqrt(max(1, p[0].numel()))
+    free = list(model.parameters())
+    if draw(True, False): free[0].requires_grad_(False)
+    return model, torch.randn(5, *shape, generator=g, dtype=torch.float64), torch.randn(3, *shape, generator=g, dtype=torch.float64)
+
+@pytest.mark.parametrize('seed', range(16))
+def test_random_networks(seed):
+    model, x, z = random_network(seed)
+    assert not FactorPlan(model, x).plain
+    for other in (None, z):
+        want = by_jacobian(model, x, x if other is None else other)
+        scale = float(want.abs().max())
+        diag = want.diagonal(dim1=2, dim2=3)
+        for outputs, w in (('full', want), ('diag', diag), ('trace', diag.sum(-1))):
+            assert (ntk(model, x, other, outputs, method='factored') - w).abs().max() <= 1e-11*scale
+            for memory in (200_000, 1_000_000):
+                try: assert (ntk(model, x, other, outputs, memory=memory) - w).abs().max() <= 1e-11*scale
+                except ValueError as e: assert 'needs at least' in str(e)
+    assert ntk_trace(model, x) == pytest.approx(float(torch.einsum('nnoo->', ntk(model, x))), rel=1e-10)
+    v = torch.randn(len(z), want.shape[-1], dtype=torch.float64)
+    torch.testing.assert_close(ntk_matvec(model, x, v, z), torch.einsum('nmop,mp->no', want, v), rtol=1e-9, atol=1e-9*scale)
+
+@pytest.mark.parametrize('batch', [1, 2, 3, 7])
+def test_few_samples(batch):
+    model, x, _ = random_network(3)
+    x = x.repeat(2, *(1,)*(x.dim() - 1))[:batch]
+    torch.testing.assert_close(ntk(model, x), by_jacobian(model, x, x), rtol=1e-10, atol=1e-10)
+
+def test_more_samples_than_a_tile():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    x = torch.randn(600, 4, dtype=torch.float64)
+    K = ntk(model, x)
+    torch.testing.assert_close(K[590:, :10], by_jacobian(model, x[590:], x[:10]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(K[:10, 590:], by_jacobian(model, x[:10], x[590:]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ntk(model, x, memory=2_600_000), K, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ntk(model, x, outputs='trace'), torch.einsum('nmoo->nm', K), rtol=1e-10, atol=1e-10)
+
+def test_nothing_is_left_behind():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    state, before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    bad = x.clone(); bad[4] = float('inf')
+    with pytest.raises(ValueError, match='sample 4 of x1'): ntk(model, bad)
+    with torch.no_grad(): a = ntk(model, x)
+    with torch.inference_mode(): b = ntk(model, x)
+    with torch.autocast('cpu', torch.bfloat16): c = ntk(model, x)
+    assert torch.equal(a, b) and torch.equal(a, c) and a.dtype == torch.float32 and not a.requires_grad
+    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and not model[0].weight.requires_grad
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules()) and model.training
+
+def test_a_model_that_routes_takes_the_plain_way():
+    "Which layers run depends on the samples, one by one or a whole chunk at a time: right, or an error, never wrong."
+    class Router(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        def forward(self, x):
+            left = (x[:, 0] > 0)[:, None]
+            return self.c(torch.where(left, torch.tanh(self.a(x)), torch.tanh(self.b(x))) if bool(left.any()) else torch.tanh(self.b(x)))
+    torch.manual_seed(0)
+    model, x = Router().double(), torch.randn(6, 3, dtype=torch.float64)
+    x[:3, 0] = -x[:3, 0].abs(); x[3:, 0] = x[3:, 0].abs()
+    rows = [torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(model.parameters(), torch.autograd.grad(model(x[n:n + 1])[0, o], list(model.parameters()),
+            allow_unused=True))]) for n in range(6) for o in range(2)]
+    J = torch.stack(rows).view(6, 2, -1)
+    torch.testing.assert_close(ntk(model, x), torch.einsum('nok,mpk->nmop', J, J), rtol=1e-10, atol=1e-10)
+
+def test_checkpoint_and_custom_functions():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): ctx.save_for_backward(x); return x*x
+        @staticmethod
+        def backward(ctx, g): return 2*ctx.saved_tensors[0]*g
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        def forward(self, x): return self.b(torch.utils.checkpoint.checkpoint(lambda h: torch.tanh(self.a(h)), Square.apply(x), use_reentrant=False))
+    torch.manual_seed(0)
+    model, x = Odd().double(), torch.randn(4, 3, dtype=torch.float64)
+    simple = nn.Sequential(model.a, nn.Tanh(), model.b)
+    torch.testing.assert_close(ntk(model, x), by_jacobian(simple, x*x, x*x), rtol=1e-10, atol=1e-10)
+
+def test_spectrum_and_regression_of_one_kernel():
+    model, x, z = random_network(5)
+    K, Kt = ntk(model, x), ntk(model, z, x)
+    s = NTKSpectrum(K)
+    assert s.trace == pytest.approx(ntk_trace(model, x), rel=1e-9) and (s.eigenvalues[:-1] >= s.eigenvalues[1:]).all() and s.condition >= 1
+    y = torch.randn(len(x), K.shape[-1], dtype=torch.float64)
+    assert kernel_regression(K, y, Kt, ridge=1.).shape == (len(z), K.shape[-1])
+    G = torch.cat([g.flatten(2) for g in sample_gradients(model, x).values()], 2).flatten(0, 1)
+    H = torch.cat([g.flatten(2) for g in sample_gradients(model, z).values()], 2).flatten(0, 1)
+    w = G.T @ torch.linalg.solve(G @ G.T + torch.eye(len(G), dtype=torch.float64), y.flatten())
+    torch.testing.assert_close(kernel_regression(K, y, Kt, ridge=1.).flatten(), H @ w, rtol=1e-8, atol=1e-8)
+
+def test_memory_is_kept():
+    "Peak memory of the process beyond the result stays near what was allowed (a fresh process; Linux)."
+    if not os.path.exists('/proc/self/clear_refs'): pytest.skip('needs /proc')
+    code = '''
+import torch; from torch import nn; from nas_nb.lens.ntk import ntk
+torch.set_num_threads(1)
+status = lambda key: int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1])/1024
+model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+x = torch.randn(48, 3, 32, 32); ntk(model, x[:2])
+try: open('/proc/self/clear_refs', 'w').write('5')
+except OSError: print(-1); raise SystemExit
+before = status('VmRSS'); ntk(model, x, memory=32*2**20); print(status('VmHWM') - before)
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    used = float(done.stdout)
+    if used < 0: pytest.skip('the high-water mark cannot be reset here')
+    assert used < 1.5*32 + 8, used
