@@ -39,11 +39,11 @@ def nas_search(
     space: str = 'pooled',     # Search space: pooled, nb201
     device: str = 'cpu',       # Where to measure and train: cpu, cuda
     budget: str = None,        # Latency that the network may take, with its unit: 0.8ms
-    lambdas: str = '0,0.05,0.1,0.2', # Without a budget: trade-offs in 1/ms
+    lambdas: str = '0,0.5,1,2', # Without a budget: trade-offs in 1/ms
     samples: int = 200,        # Networks to measure before the search
     epochs: int = 20,          # Epochs of each search
     retrain_epochs: int = 20,  # Epochs of each training from scratch
-    channels: int = 16,        # Channels of the first stage
+    channels: int = 4,         # Channels of the first stage
     stages: int = 2,           # Stages: each after the first halves the resolution and doubles the channels
     cells: int = 1,            # Cells a stage
     batch: int = 1,            # Images in one timed call
