@@ -86,7 +86,7 @@ def rows(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true'); parser.add_argument('--json', action='store_true')
-    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--room', type=float, default=8, help='GB for the tutorial')
+    parser.add_argument('--threads', type=int, default=2); parser.add_argument('--room', type=float, default=12, help='GB for the tutorial')
     parser.add_argument('--peak', nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -107,11 +107,12 @@ def _ruled(m):
 
 # %% ../../nbs/lens/layer_factors.ipynb #4d76d2c9
 def trainable(model):
-    "Parameters that ask for a gradient, name -> Parameter, each once. ValueError where there are none; TypeError where `model` is no module."
+    "Parameters that ask for a gradient, name -> Parameter, each once. ValueError where there are none; TypeError for no module."
     if not isinstance(model, nn.Module): raise TypeError(f'model={type(model).__name__}: allowed is a torch.nn.Module')
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     if not params: raise ValueError('model has no trainable parameters: allowed is at least one with requires_grad=True')
-    if odd := [k for k, p in params.items() if p.is_complex()]: raise ValueError(f'model: parameters {odd} are complex; allowed are real ones')
+    odd = [k for k, p in params.items() if p.is_complex()]
+    if odd: raise ValueError(f'model: parameters {odd} are complex; allowed are real ones')
     return params
 
 def check_model(model):
@@ -136,8 +137,10 @@ def check_input(model, x, name='x'):
     if x.device != p.device: raise ValueError(f'{name} is on {x.device} and the model on {p.device}: allowed is one device')
     if not x.is_floating_point():
         if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()):
-            raise TypeError(f'{name} is {x.dtype}, and the model has no embedding to look it up in: allowed is a floating type, as by {name}.float()')
-    elif x.dtype != p.dtype: raise ValueError(f'{name} is {x.dtype} and the model {p.dtype}: allowed is one type, as by {name}.to({p.dtype})')
+            raise TypeError(f'{name} is {x.dtype}, and the model has no embedding to look it up in: allowed is a floating type, '
+                            f'as by {name}.float()')
+    elif x.dtype != p.dtype:
+        raise ValueError(f'{name} is {x.dtype} and the model {p.dtype}: allowed is one type, as by {name}.to({p.dtype})')
 
 # %% ../../nbs/lens/layer_factors.ipynb #f38203fc
 @dataclass(eq=False)
@@ -164,15 +167,15 @@ def record(model, x, modules):
     calls = []
     def note(m, args, kwargs, h):
         if len(args) != 1 or kwargs or not torch.is_tensor(args[0]) or not h.requires_grad: return
-        a = args[0]
-        calls.append(_Call(m, a.detach(), a._version, get_gradient_edge(a) if a.requires_grad else None, get_gradient_edge(h), tuple(h.shape)))
+        a, source = args[0], get_gradient_edge(args[0]) if args[0].requires_grad else None
+        calls.append(_Call(m, a.detach(), a._version, source, get_gradient_edge(h), tuple(h.shape)))
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
     try: f = model(x)
     finally:
         for hook in hooks: hook.remove()
     if not torch.is_tensor(f) or f.dim() == 0 or f.shape[0] != len(x):
-        raise TypeError(f'model gave {tuple(f.shape) if torch.is_tensor(f) else type(f).__name__} for {len(x)} samples: allowed is a tensor '
-                        f'[N] or [N, ...]')
+        what = tuple(f.shape) if torch.is_tensor(f) else type(f).__name__
+        raise TypeError(f'model gave {what} for {len(x)} samples: allowed is a tensor [N] or [N, ...]')
     return f, calls
 
 # %% ../../nbs/lens/layer_factors.ipynb #b5aac519
@@ -228,8 +231,8 @@ def _loop_jacobian(model, params, x):
 class FactorPlan:
     """How the gradients of each trainable parameter of `model` are had, decided on the first samples of `x` [N, ...].
 
-    `.ruled` (names with factors), `.plain` (names by plain Jacobian), `.outputs` (O). `rules=False`: all plain. Raises what `check_model` and
-    `check_input` raise; ValueError where the first sample's output depends on the rest of the batch, or no parameter influences it."""
+    `.ruled` (names with factors), `.plain` (names by plain Jacobian), `.outputs` (O). `rules=False`: all plain. Raises
+    what `check_model` and `check_input` raise; ValueError where the first sample's output depends on the rest of the batch, or no parameter influences it."""
     def __init__(self, model, x, rules=True):
         self.params, self.plain = trainable(model), []
         check_model(model); check_input(model, x)
@@ -274,7 +277,8 @@ def _verify(self, f, few):
     want = torch.autograd.grad(f, [self.params[k] for k in self.ruled], c.view_as(f), allow_unused=True)
     _, uses = self._factors(few, slice(None))
     eps = torch.finfo(f.dtype).eps
-    noise = 1e3*eps*math.sqrt(sum(float(g.double().norm())**2 for g in want if g is not None))   # a bias before a norm: zero, but for rounding
+    # the gradient of a bias before a norm is zero, but for rounding
+    noise = 1e3*eps*math.sqrt(sum(float(g.double().norm())**2 for g in want if g is not None))
     for k, g in zip(list(self.ruled), want):
         grads = sum(u.gradient() if isinstance(u, Outer) else u for u in uses[k]) if uses[k] else torch.zeros(())
         got = torch.einsum('no,onp->p', c, grads).double() if uses[k] else torch.zeros(self.params[k].numel(), device=f.device).double()
@@ -290,8 +294,8 @@ class PlanChanged(RuntimeError):
 
 def _factors(self, x, outputs):
     f, calls = record(self.model, x, self.modules)
-    if [(c.module, c.a.shape[1:], c.shape[1:]) for c in calls] != self.signature or any(len(x) != n for c in calls for n in (c.a.shape[0], c.shape[0])
-                                                                    if set(self.owners[c.module].values()) & set(self.ruled)):
+    sizes = {n for c in calls if set(self.owners[c.module].values()) & set(self.ruled) for n in (c.a.shape[0], c.shape[0])}
+    if [(c.module, c.a.shape[1:], c.shape[1:]) for c in calls] != self.signature or sizes - {len(x)}:
         raise PlanChanged('model calls its layers differently for different samples')
     stray = _met(f, calls) - {self.params[k] for k in self.plain}
     if any(p in stray for p in self.params.values()): raise PlanChanged('model uses other parameters for other samples')
@@ -313,6 +317,7 @@ def _factors(self, x, outputs):
 
 FactorPlan._factors = _factors
 
+# %% ../../nbs/lens/layer_factors.ipynb #aaa4d5ad
 def factors(self, x, outputs=slice(None)):
     """The outputs [N, O] of `x` and `{name: [Outer or gradients [O', N, size], ...]}`: a parameter's gradient is the sum over its list.
 
@@ -337,5 +342,6 @@ def sample_gradients(model, x):
     out = {}
     for k, p in plan.params.items():
         grads = [u.gradient() if isinstance(u, Outer) else u for u in uses.get(k, ())]
-        out[k] = sum(grads).transpose(0, 1).reshape(len(x), plan.outputs, *p.shape) if grads else p.new_zeros(len(x), plan.outputs, *p.shape)
+        shape = len(x), plan.outputs, *p.shape
+        out[k] = sum(grads).transpose(0, 1).reshape(shape) if grads else p.detach().new_zeros(shape)
     return out
