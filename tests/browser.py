@@ -21,7 +21,8 @@ def watch(page):
     "Collect in `page.faults` every request that leaves this machine or fails, every error on the console and in a script."
     page.faults = []
     page.on('request', lambda r: None if local(r.url) else page.faults.append(f'leaves this machine: {r.url}'))
-    page.on('requestfailed', lambda r: page.faults.append(f'request failed: {r.url}'))
+    # a request that the page's own navigation cut off is no fault
+    page.on('requestfailed', lambda r: None if 'ERR_ABORTED' in (r.failure or '') else page.faults.append(f'request failed: {r.url} ({r.failure})'))
     page.on('response', lambda r: page.faults.append(f'status {r.status}: {r.url}') if r.status >= 400 and not r.url.endswith('favicon.ico') else None)
     page.on('pageerror', lambda e: page.faults.append(f'script error: {e}'))
     page.on('console', lambda m: page.faults.append(f'console: {m.text}') if m.type == 'error' and 'favicon' not in m.text else None)

@@ -106,7 +106,8 @@ def test_measured_rows_survive_a_kill(tmp_path):
     assert after[:len(whole)] == whole and len(after) == 200
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(command(*TINY, '--out', 'my run'), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def interactive(): signal.signal(signal.SIGINT, signal.SIG_DFL)      # a shell's background jobs ignore the signal, and so would their children
+    process = subprocess.Popen(command(*TINY, '--out', 'my run'), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interactive)
     while not (tmp_path/'my run'/'config.json').exists(): time.sleep(.05)
     time.sleep(1); process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
