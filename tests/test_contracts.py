@@ -15,10 +15,21 @@ def part(path):
 
 # --- the registries -----------------------------------------------------------------------------------------------------------------
 
+def with_entmax(name):
+    pytest.importorskip('entmax', reason="needs the extra: pip install 'nas_nb[sparse]'")
+    return part(f'relax.sparse:{name}')()
+
 RELAXATIONS = {
     'Softmax': lambda: part('relax.choice:Softmax')(),
     'Gumbel': lambda: part('relax.choice:Gumbel')(),
     'Gumbel-hard': lambda: part('relax.choice:Gumbel')(hard=True),
+    'SparseNoisySoftmax': lambda: part('relax.sparse:SparseNoisySoftmax')(),
+    'SparseNoisySoftmax-gumbel': lambda: part('relax.sparse:SparseNoisySoftmax')(.5, noise='gumbel'),
+    'SparseNoisySoftmax-hard': lambda: part('relax.sparse:SparseNoisySoftmax')(hard=True),
+    'MaxW': lambda: part('relax.sparse:MaxW')(),
+    'NodeSigmoid': lambda: part('relax.sparse:NodeSigmoid')(),
+    'Entmax': lambda: with_entmax('Entmax'),
+    'Sparsemax': lambda: with_entmax('Sparsemax'),
 }
 
 ANY, REDUCING = ((4, 4, 1), (4, 6, 1), (4, 4, 2), (4, 6, 2)), ((4, 4, 2), (4, 7, 2))   # C_in, C_out, stride
@@ -97,6 +108,7 @@ def test_cost(name):
 
 def test_every_relaxation_is_registered():
     base = part('relax.choice:Relax')
+    importlib.import_module('nas_nb.relax.sparse')
     exist = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.')}
     missing = exist - {type(make()).__name__ for make in RELAXATIONS.values()}
     assert not missing, f'add to RELAXATIONS: {sorted(missing)}'
