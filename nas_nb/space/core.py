@@ -185,23 +185,28 @@ class Supernet(nn.Module):
 # %% ../../nbs/space/core.ipynb #6fec65f2
 class Space:
     """What all spaces share, given `name`, `op_names`, `groups` (group -> tuple of (source, target)), `ends` (group -> (inputs, outputs)),
-    `in_shape` (C, H, W) and `n_classes`: counting, sampling, names and encodings. A subclass adds `supernet` and `build`."""
+    `in_shape` (C, H, W) and `n_classes`: counting, sampling, names and encodings. A subclass adds `supernet` and `build`.
+
+    `op_names`: names for all groups, or group -> names where they differ. Either way `candidates` is the second form, `op_names` all names."""
     def __init__(self, name, op_names, groups, ends, in_shape, n_classes):
-        self.name, self.op_names, self.in_shape, self.n_classes = name, tuple(op_names), tuple(in_shape), int(n_classes)
+        self.name, self.in_shape, self.n_classes = name, tuple(in_shape), int(n_classes)
         self.groups, self.ends = {g: tuple(map(tuple, e)) for g, e in groups.items()}, dict(ends)
+        own = isinstance(op_names, dict) and set(op_names) == set(self.groups)      # else the keys of a dict are the names
+        self.candidates = {g: tuple(op_names[g] if own else op_names) for g in self.groups}
+        self.op_names = tuple(dict.fromkeys(n for names in self.candidates.values() for n in names))
         if len(self.in_shape) != 3 or min(self.in_shape) < 1:
             raise ValueError(f'in_shape must be (channels, height, width) >= 1, got {in_shape}')
         if self.n_classes < 2: raise ValueError(f'n_classes must be at least 2, got {n_classes}')
-        if not set(self.op_names) - {NONE}:
-            raise ValueError(f'op_names must hold an operation besides {NONE!r}, got {self.op_names}')
+        for names in self.candidates.values():
+            if not set(names) - {NONE}: raise ValueError(f'op_names must hold an operation besides {NONE!r}, got {names}')
         full = [CellGraph(g, *self.ends[g], tuple((s, t, 'any') for s, t in e)) for g, e in self.groups.items()]
         if not all(map(_live, full)): raise ValueError(f'groups must connect an input with an output, got {self.groups}')
     def size(self):
         "The number of genotypes, an exact int."
-        return len(self.op_names)**sum(map(len, self.groups.values()))
+        return math.prod(len(self.candidates[g])**len(e) for g, e in self.groups.items())
     def log10_size(self):
         "Its logarithm to base 10."
-        return sum(map(len, self.groups.values()))*math.log10(len(self.op_names))
+        return sum(len(e)*math.log10(len(self.candidates[g])) for g, e in self.groups.items())
     def example(self, batch=1):
         "Normal noise [batch, C, H, W], the same at each call: an input to measure or to trace with."
         return torch.randn(batch, *self.in_shape, generator=torch.Generator().manual_seed(0))
@@ -212,11 +217,10 @@ def _rows(self, choices):
     out = {}
     for group, edges in self.groups.items():
         if group not in choices: raise ValueError(f'choices must hold group {group!r}, got {sorted(choices)}')
-        a = torch.as_tensor(choices[group]).detach()
-        if tuple(a.shape) == (len(edges), len(self.op_names)): a = a.argmax(-1)
-        if tuple(a.shape) != (len(edges),) or a.is_floating_point() or not (0 <= int(a.min()) and int(a.max()) < len(self.op_names)):
-            raise ValueError(f'choices[{group!r}] must be weights {(len(edges), len(self.op_names))} or {len(edges)} numbers below '
-                             f'{len(self.op_names)}, got {choices[group]}')
+        a, n = torch.as_tensor(choices[group]).detach(), len(self.candidates[group])
+        if tuple(a.shape) == (len(edges), n): a = a.argmax(-1)
+        if tuple(a.shape) != (len(edges),) or a.is_floating_point() or not (0 <= int(a.min()) and int(a.max()) < n):
+            raise ValueError(f'choices[{group!r}] must be weights {(len(edges), n)} or {len(edges)} numbers below {n}, got {choices[group]}')
         out[group] = a.tolist()
     return out
 
@@ -228,8 +232,8 @@ def genotype(self: Space, choices):
 @patch
 def _genotype(self: Space, rows):
     "The genotype of operation numbers, unchecked."
-    return Genotype(self.name, tuple(CellGraph(group, *self.ends[group], tuple((s, t, self.op_names[i]) for (s, t), i in zip(edges, rows[group])))
-                                     for group, edges in self.groups.items()))
+    return Genotype(self.name, tuple(CellGraph(g, *self.ends[g], tuple((s, t, self.candidates[g][i]) for (s, t), i in zip(edges, rows[g])))
+                                     for g, edges in self.groups.items()))
 
 # %% ../../nbs/space/core.ipynb #4d124108
 @patch
@@ -242,19 +246,20 @@ def chosen(self: Space, g):
     if set(cells) != set(self.groups): raise ValueError(f'g must have the cells {sorted(self.groups)}, got {sorted(cells)}')
     out = {group: {(s, t): op for s, t, op in edges} for group, edges in cells.items()}
     for group, edges in cells.items():
-        wrong = [e for e in edges if e[:2] not in self.groups[group] or e[2] not in self.op_names]
+        wrong = [e for e in edges if e[:2] not in self.groups[group] or e[2] not in self.candidates[group]]
         if wrong or len(out[group]) < len(edges):
-            raise ValueError(f'g must use edges of {self.groups[group]} once, with one of {self.op_names}; wrong: {wrong or "an edge twice"}')
+            raise ValueError(f'g must use edges of {self.groups[group]} once, with one of {self.candidates[group]}; wrong: {wrong or "an edge twice"}')
     return out
 
 # %% ../../nbs/space/core.ipynb #c72e5892
 @patch
 def indices(self: Space, g):
     "The operation numbers of genotype `g`, group -> list. ValueError as `chosen`, and for an edge left out where there is no 'none'."
-    rows, number = {}, {op: i for i, op in enumerate(self.op_names)}
+    rows = {}
     for group, chosen in self.chosen(g).items():
+        number = {op: i for i, op in enumerate(self.candidates[group])}
         missing = [e for e in self.groups[group] if e not in chosen]
-        if missing and NONE not in number: raise ValueError(f'g must decide every edge, as {self.name!r} has no {NONE!r}; missing: {missing}')
+        if missing and NONE not in number: raise ValueError(f'g must decide every edge, as {group!r} has no {NONE!r}; missing: {missing}')
         rows[group] = [number[chosen.get(e, NONE)] for e in self.groups[group]]
     return rows
 
@@ -262,23 +267,22 @@ def indices(self: Space, g):
 @patch
 def one_hot(self: Space, g, dtype=torch.float32):
     "Genotype `g` as weights that are 0 or 1, group -> [rows, n_ops]."
-    return {group: torch.eye(len(self.op_names), dtype=dtype)[rows] for group, rows in self.indices(g).items()}
+    return {group: torch.eye(len(self.candidates[group]), dtype=dtype)[rows] for group, rows in self.indices(g).items()}
 
 # %% ../../nbs/space/core.ipynb #12e923ac
 @patch
 def enumerate(self: Space):
     "All genotypes, the operation of the last edge changing fastest."
-    lengths = [len(e) for e in self.groups.values()]
-    for flat in itertools.product(range(len(self.op_names)), repeat=sum(lengths)):
+    for flat in itertools.product(*(range(len(self.candidates[g])) for g, e in self.groups.items() for _ in e)):
         it = iter(flat)
-        yield self._genotype({g: list(itertools.islice(it, n)) for g, n in zip(self.groups, lengths)})
+        yield self._genotype({g: list(itertools.islice(it, len(e))) for g, e in self.groups.items()})
 
 @patch
 def sample(self: Space, generator, connected=True):
     "One genotype, uniform over all, or over all connected ones. `generator`: a numpy `Generator`."
     if not isinstance(generator, np.random.Generator): raise TypeError(f'generator must be a numpy.random.Generator, got {type(generator).__name__}')
     while True:
-        g = self._genotype({group: generator.integers(len(self.op_names), size=len(e)).tolist() for group, e in self.groups.items()})
+        g = self._genotype({group: generator.integers(len(self.candidates[group]), size=len(e)).tolist() for group, e in self.groups.items()})
         if not connected or g.connected: return g
 
 @patch
