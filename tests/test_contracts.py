@@ -39,6 +39,11 @@ OPERATIONS = {
     **{name: (lambda name=name: part(f'ops.conv:{name}'), ANY) for name in ('Zero', 'Skip', 'AvgPool', 'PoolBN', 'ResidualReduction')},
     'ReLUConvBN-5x5': (lambda: lambda C_in, C_out, stride=1, affine=True: part('ops.conv:ReLUConvBN')(C_in, C_out, 5, stride, affine), ANY),
     'FactorizedReduce': (lambda: part('ops.conv:FactorizedReduce'), REDUCING),
+    **{f'DARTS-{name}': (lambda name=name: part('ops.separable:DARTS_OPS')[name], ANY)
+       for name in ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')},
+    **{name: (lambda name=name: part(f'ops.separable:{name}'), ANY) for name in ('MaxPool', 'MaxPoolBN', 'Noise')},
+    **{f'{name}-7x7': (lambda name=name: lambda C_in, C_out, stride=1, affine=True: part(f'ops.separable:{name}')(C_in, C_out, 7, stride, affine), ANY)
+       for name in ('SepConv', 'DilConv')},
 }
 
 def two_operations():
@@ -114,10 +119,10 @@ def test_every_relaxation_is_registered():
     assert not missing, f'add to RELAXATIONS: {sorted(missing)}'
 
 def test_every_operation_is_registered():
-    conv = importlib.import_module('nas_nb.ops.conv')
-    modules = {n for n in conv.__all__ if isinstance(getattr(conv, n), type) and issubclass(getattr(conv, n), torch.nn.Module)}
+    conv, separable = (importlib.import_module(f'nas_nb.ops.{name}') for name in ('conv', 'separable'))
+    modules = {n for m in (conv, separable) for n in m.__all__ if isinstance(getattr(m, n), type) and issubclass(getattr(m, n), torch.nn.Module)}
     missing = {n for n in modules if not any(k.split('-')[0] == n for k in OPERATIONS)}
-    missing |= {n for n in conv.NB201_OPS if f'NB201-{n}' not in OPERATIONS}
+    missing |= {n for n in conv.NB201_OPS if f'NB201-{n}' not in OPERATIONS} | {n for n in separable.DARTS_OPS if f'DARTS-{n}' not in OPERATIONS}
     assert not missing, f'add to OPERATIONS: {sorted(missing)}'
 
 def test_every_cost_is_registered():

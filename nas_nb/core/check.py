@@ -277,9 +277,9 @@ def op_dtype(make_op, case):
 
 @law('op')
 def op_gradient(make_op, case):
-    "A finite gradient reaches the input and every parameter (unless the operation is zero)."
+    "A finite gradient reaches the input and every parameter (unless the operation is zero or ignores its input)."
     op, x = _op(make_op, case), _op_input(case).requires_grad_()
-    if getattr(op, 'is_zero', False): return
+    if getattr(op, 'is_zero', False) or getattr(op, 'ignores_input', False): return
     out = op(x)
     (out*torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)).sum().backward()
     for name, p in [('the input', x), *op.named_parameters()]:
@@ -289,7 +289,7 @@ def op_gradient(make_op, case):
 def op_gradcheck(make_op, case):
     "The gradient is that of finite differences, in float64 and evaluation mode."
     op, x = _op(make_op, case).double().eval(), _op_input(case, torch.float64, batch=1).requires_grad_()
-    if not getattr(op, 'is_zero', False): torch.autograd.gradcheck(op, x, fast_mode=True)
+    if not (getattr(op, 'is_zero', False) or getattr(op, 'ignores_input', False)): torch.autograd.gradcheck(op, x, fast_mode=True)
 
 # %% ../../nbs/core/check.ipynb #cb36c86b
 @law('op')
