@@ -39,6 +39,9 @@ OPERATIONS = {
     **{name: (lambda name=name: part(f'ops.conv:{name}'), ANY) for name in ('Zero', 'Skip', 'AvgPool', 'PoolBN', 'ResidualReduction')},
     'ReLUConvBN-5x5': (lambda: lambda C_in, C_out, stride=1, affine=True: part('ops.conv:ReLUConvBN')(C_in, C_out, 5, stride, affine), ANY),
     'FactorizedReduce': (lambda: part('ops.conv:FactorizedReduce'), REDUCING),
+    **{f'FBNet-{name}': (lambda name=name: part('ops.mbconv:FBNET_OPS')[name], ANY)
+       for name in (f'k{k}_{block}' for k in (3, 5) for block in ('e1', 'e1_g2', 'e3', 'e6'))},
+    'MBConv-k7-se': (lambda: part('ops.mbconv:mbconv')(7, 3, se=.25), ANY),
     **{f'DARTS-{name}': (lambda name=name: part('ops.separable:DARTS_OPS')[name], ANY)
        for name in ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')},
     **{name: (lambda name=name: part(f'ops.separable:{name}'), ANY) for name in ('MaxPool', 'MaxPoolBN', 'Noise')},
