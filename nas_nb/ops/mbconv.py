@@ -22,7 +22,7 @@ class ChannelShuffle(nn.Module):
     def forward(self, x): return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
     def extra_repr(self): return f'groups={self.groups}'
 
-# %% ../../nbs/ops/mbconv.ipynb #54b1cda0
+# %% ../../nbs/ops/mbconv.ipynb #92c24a9d
 class SqueezeExcite(nn.Module):
     """x times a factor in (0, 1) for each channel of each sample, from the channels' means: [B, C, H, W] -> the same shape.
 
@@ -30,7 +30,7 @@ class SqueezeExcite(nn.Module):
     def __init__(self, C, ratio=.25):
         super().__init__()
         hidden = max(1, round(ratio*C))
-        self.factor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, C, 1), nn.Sigmoid())
+        self.factor = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(C, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, C, 1), nn.Sigmoid())
     def forward(self, x): return x*self.factor(x)
 
 # %% ../../nbs/ops/mbconv.ipynb #b27003ae
