@@ -8,13 +8,14 @@ __all__ = ['LAWS', 'law', 'broken_laws', 'relax_simplex', 'relax_leading_dims', 
            'relax_straight_through', 'relax_gradcheck', 'relax_gradient_finite', 'relax_bad_input', 'check_relax',
            'op_shape', 'op_input_unchanged', 'op_dtype', 'op_gradient', 'op_gradcheck', 'op_evaluation', 'op_layout',
            'op_state', 'op_own_parameters', 'op_affine', 'op_global_rng', 'op_bad_arguments', 'check_op',
-           'space_described', 'space_size', 'space_sample', 'space_one_hot', 'space_text', 'space_canonical',
-           'space_discretize', 'space_only_chosen_run', 'space_parameters', 'space_build', 'space_supernet',
-           'check_space', 'cost_one_hot', 'cost_of_is_a_function', 'cost_differentiable', 'cost_global_rng',
-           'cost_unit', 'cost_sum', 'check_cost']
+           'space_described', 'space_size', 'space_sample', 'space_one_hot', 'space_text', 'space_bad_input',
+           'space_canonical', 'space_discretize', 'space_only_chosen_run', 'space_none_is_zero', 'space_parameters',
+           'space_build', 'space_supernet', 'space_state', 'space_autocast', 'space_compile', 'check_space',
+           'cost_one_hot', 'cost_of_is_a_function', 'cost_differentiable', 'cost_global_rng', 'cost_unit', 'cost_sum',
+           'check_cost']
 
 # %% ../../nbs/core/check.ipynb #b6bac18e
-import copy, io, json, math, random
+import copy, io, itertools, json, math, random
 from contextlib import contextmanager
 from types import SimpleNamespace
 import numpy as np
@@ -57,22 +58,25 @@ def _global_rng_restored():
         finally: np.random.set_state(state_numpy); random.setstate(state_python)
 
 # %% ../../nbs/core/check.ipynb #d5c6732f
-def broken_laws(kind, *args):
+def broken_laws(kind, *args, skip=()):
     """The laws of `kind` that the part `args[0]` breaks, a dict from the law's name to what it says; empty where all hold.
 
-    A law that raises something other than AssertionError is broken too. ValueError for an unknown kind."""
+    `skip`: names of laws that are not tried. A law that raises something other than AssertionError is broken too.
+    ValueError for an unknown kind or law."""
     if kind not in LAWS: raise ValueError(f'kind must be one of {sorted(LAWS)}, got {kind!r}')
+    if set(skip) - set(LAWS[kind]): raise ValueError(f'skip must name laws of {kind} ({", ".join(LAWS[kind])}), got {skip!r}')
     broken = {}
     with _global_rng_restored():
         for name, f in LAWS[kind].items():
+            if name in skip: continue
             try: f(*args)
             except AssertionError as e: broken[name] = str(e)
             except Exception as e:                      # first line only: gradcheck prints whole matrices
                 broken[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
     return broken
 
-def _check(kind, *args):
-    broken = broken_laws(kind, *args)
+def _check(kind, *args, skip=()):
+    broken = broken_laws(kind, *args, skip=skip)
     said = '\n'.join(f'- {name}: {text}' for name, text in broken.items())
     if broken: raise AssertionError(f'{_name(args[0])} breaks {len(broken)} of {len(LAWS[kind])} laws of {kind}:\n{said}')
 
@@ -366,6 +370,10 @@ def _sample(space, seed=0, n=5, connected=True):
     generator = np.random.default_rng(seed)
     return [space.sample(generator, connected=connected) for _ in range(n)]
 
+def _names(space, group):
+    "The operations of a group: its own where the space has `candidates` (group -> names), else those of the whole space."
+    return tuple(getattr(space, 'candidates', {}).get(group, space.op_names))
+
 @law('space')
 def space_described(space):
     "name, op_names, groups, in_shape and n_classes are there and make sense; config() is JSON."
@@ -374,18 +382,19 @@ def space_described(space):
     for group, rows in space.groups.items():
         assert isinstance(group, str) and len(rows) > 0, f'group {group!r} has {len(rows)} rows'
         for source, target in rows: assert 0 <= source < target, f'group {group!r}: row ({source}, {target}) does not go forward'
-    assert len(space.in_shape) == 3 and space.n_classes >= 1, f'in_shape={space.in_shape}, n_classes={space.n_classes}'
+    assert len(space.in_shape) >= 1 and space.n_classes >= 1, f'in_shape={space.in_shape}, n_classes={space.n_classes}'
     config = space.config()
     assert json.loads(json.dumps(config)) == config, 'config() does not survive JSON'
 
 @law('space')
 def space_size(space, limit=5000):
-    "size() is the number of distinct genotypes of enumerate() (counted up to `limit`), and log10_size() its logarithm."
+    "size() is the number of genotypes of enumerate(), all distinct (counted up to `limit`), and log10_size() its logarithm."
     size = space.size()
     assert math.isclose(math.log10(size), space.log10_size(), abs_tol=1e-9), f'size() is {size}, log10_size() is {space.log10_size()}'
-    if size <= limit:
-        found = list(space.enumerate())
-        assert len(found) == len(set(found)) == size, f'size() is {size}, enumerate() gives {len(found)}, distinct {len(set(found))}'
+    found = list(itertools.islice(space.enumerate(), limit + 1))
+    right = len(found) == size if size <= limit else len(found) > limit
+    assert right, f'size() is {size}, enumerate() gives {"more than " if len(found) > limit else ""}{min(len(found), limit)}'
+    assert len(set(found)) == len(found), f'{len(found) - len(set(found))} of the first {len(found)} genotypes of enumerate() are not new'
 
 # %% ../../nbs/core/check.ipynb #2ce08c69
 @law('space')
@@ -403,7 +412,7 @@ def space_one_hot(space):
         W = space.one_hot(g)
         assert set(W) == set(space.groups), f'one_hot has the groups {sorted(W)}, the space {sorted(space.groups)}'
         for group, w in W.items():
-            want = (len(space.groups[group]), len(space.op_names))
+            want = (len(space.groups[group]), len(_names(space, group)))
             assert tuple(w.shape) == want, f'group {group!r}: one_hot has the shape {tuple(w.shape)}, expected {want}'
             assert torch.equal(w, _one_hot_argmax(w)), f'group {group!r}: a row is not one-hot'
         assert space.genotype(W) == g, f'genotype(one_hot(g)) is {space.to_str(space.genotype(W))}, g is {space.to_str(g)}'
@@ -411,12 +420,23 @@ def space_one_hot(space):
 
 @law('space')
 def space_text(space):
-    "to_str/from_str and to_json/from_json lose nothing, and equal genotypes have equal hashes."
+    "to_str/from_str and to_json/from_json lose nothing (to_json also for canonical genotypes), and equal genotypes have equal hashes."
     for g in _sample(space, connected=False):
-        for form, h in (('to_str', space.from_str(space.to_str(g))), ('to_json', type(g).from_json(g.to_json()))):
-            assert h == g and hash(h) == hash(g), f'{form}: {space.to_str(g)} comes back as {space.to_str(h)}'
+        c = g.canonical()
+        for form, a, b in (('to_str', g, space.from_str(space.to_str(g))), ('to_json', g, type(g).from_json(g.to_json())),
+                           ('to_json, canonical', c, type(c).from_json(c.to_json()))):
+            assert a == b and hash(a) == hash(b), f'{form}: {a} comes back as {b}'
 
-# %% ../../nbs/core/check.ipynb #b25bf2e5
+# %% ../../nbs/core/check.ipynb #e02a0f2b
+@law('space')
+def space_bad_input(space):
+    "Text that is no genotype, and weights that lack a group, raise ValueError."
+    g = _sample(space, n=1)[0]
+    for text in ('', 'no such network', space.to_str(g) + '?'): _refused(lambda: space.from_str(text), (ValueError,), f'from_str({text!r})')
+    for text in ('', '{}', g.to_json()[:-1]): _refused(lambda: type(g).from_json(text), (ValueError,), f'from_json({text!r})')
+    _refused(lambda: space.genotype({}), (ValueError,), 'genotype({})')
+    _refused(lambda: space.supernet(seed=0)(space.example(2), {}), (ValueError,), 'a supernet with weights {}')
+
 @law('space')
 def space_canonical(space):
     "canonical() is idempotent, keeps the name of the space, and keeps what the network computes (expression, connected)."
@@ -430,37 +450,60 @@ def space_canonical(space):
 # %% ../../nbs/core/check.ipynb #702869a2
 def _is_choice(module): return hasattr(module, 'ops') and hasattr(module, 'key')
 
+def _apply(net, x): return net(*x) if isinstance(x, tuple) else net(x)
+
+def _double(x): return tuple(map(_double, x)) if isinstance(x, tuple) else x.double() if x.is_floating_point() else x
+
+def _uniform(space): return {group: torch.full((len(rows), n := len(_names(space, group))), 1/n) for group, rows in space.groups.items()}
+
 def _warm_supernet(space):
+    "A supernet whose running statistics have seen a batch."
     net = space.supernet(seed=0)
-    with torch.no_grad(): net.train()(_images(space, 8), _uniform(space))
+    with torch.no_grad(): net.train()(space.example(8), _uniform(space))
     return net
-
-def _uniform(space):
-    n = len(space.op_names)
-    return {group: torch.full((len(rows), n), 1/n) for group, rows in space.groups.items()}
-
-def _images(space, batch): return torch.randn(batch, *space.in_shape, generator=torch.Generator().manual_seed(0))
 
 @law('space')
 def space_discretize(space):
-    "In evaluation the supernet at one-hot weights equals discretize(g), to 1e-5."
-    net, x = _warm_supernet(space).eval(), _images(space, 2)
-    for g in _sample(space, n=3):
-        with torch.no_grad(): plain, relaxed = net.discretize(g).eval()(x), net(x, space.one_hot(g))
-        _close(plain, relaxed, 1e-5, f'discretize against the supernet at one-hot, {space.to_str(g)}')
+    "In both modes the supernet at one-hot weights equals discretize(g), buffers after the pass included: float64, to 1e-9."
+    for mode in (True, False):
+        net, x = _warm_supernet(space).double().train(mode), _double(space.example(4))
+        for g in _sample(space, n=3, connected=False):
+            what = f'{space.to_str(g)}, {"training" if mode else "evaluation"}'
+            plain = net.discretize(g).train(mode)
+            with torch.no_grad():
+                torch.manual_seed(0); a = _apply(plain, x)
+                torch.manual_seed(0); b = net(x, space.one_hot(g, dtype=torch.float64))
+            _close(a, b, 1e-9, f'{what}: discretize against the supernet at one-hot')
+            for (name, s), (_, t) in zip(plain.state_dict().items(), net.discretize(g).state_dict().items(), strict=True):
+                _close(s, t, 1e-9, f'{what}: {name} of discretize, run before the pass or taken after it')
 
+# %% ../../nbs/core/check.ipynb #c9ad7653
 @law('space')
 def space_only_chosen_run(space):
-    "At one-hot weights no operation runs that was not chosen, and something does run."
-    net, called = _warm_supernet(space).eval(), []
+    "At one-hot weights, in both modes, no operation runs that was not chosen, and something does run."
+    net, called = _warm_supernet(space), []
     for choice in filter(_is_choice, list(net.modules())):
         for name, op in choice.ops.items():
             op.register_forward_hook(lambda *_, key=tuple(choice.key), name=name: called.append((*key, name)))
-    g = _sample(space, n=1)[0]
-    with torch.no_grad(): net(_images(space, 1), space.one_hot(g))
-    chosen = {(group, row, space.op_names[int(i)]) for group, w in space.one_hot(g).items() for row, i in enumerate(w.argmax(-1))}
-    assert called, f'{space.to_str(g)}: no operation ran'
-    assert set(called) <= chosen, f'{space.to_str(g)}: ran without being chosen: {sorted(set(called) - chosen)}'
+    for mode, g in zip((True, False), _sample(space, n=2)):
+        called.clear()
+        with torch.no_grad(): net.train(mode)(space.example(2), space.one_hot(g))
+        chosen = {(group, row, _names(space, group)[int(i)]) for group, w in space.one_hot(g).items() for row, i in enumerate(w.argmax(-1))}
+        assert called, f'{space.to_str(g)}: no operation ran'
+        assert set(called) <= chosen, f'{space.to_str(g)}: ran without being chosen: {sorted(set(called) - chosen)}'
+
+@law('space')
+def space_none_is_zero(space):
+    "A `Choice` with all weight on 'none' gives zeros of the shape that its other operations give."
+    net, seen = _warm_supernet(space).eval(), []
+    choices = [m for m in net.modules() if _is_choice(m) and 'none' in m.ops]
+    for choice in choices: choice.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out.shape)))
+    with torch.no_grad():
+        net(space.example(2), _uniform(space))
+        for choice, x, shape in seen[:len(choices)]:
+            out = choice(x, torch.eye(len(choice.ops))[list(choice.ops).index('none')])
+            assert out.shape == shape, f'{choice.key}: none has the shape {tuple(out.shape)}, the others {tuple(shape)}'
+            assert not out.any(), f'{choice.key}: none is not zero, its largest entry is {float(out.abs().max()):.3g}'
 
 # %% ../../nbs/core/check.ipynb #c39723fb
 @law('space')
@@ -472,7 +515,7 @@ def space_parameters(space):
     assert not weights & arch, f'{len(weights & arch)} parameters are weights and architecture at once'
     assert weights | arch == every, f'{len(every - weights - arch)} parameters are neither weights nor architecture'
     W = {group: w.requires_grad_() for group, w in _uniform(space).items()}
-    net(_images(space, 4), W).square().sum().backward()
+    net(space.example(4), W).square().sum().backward()
     for group, w in W.items():
         reached = w.grad is not None and w.grad.isfinite().all() and w.grad.abs().sum() > 0
         assert reached, f'no finite, nonzero gradient reaches group {group!r}'
@@ -485,12 +528,13 @@ def space_build(space):
     for g in _sample(space, n=2):
         with _global_rng_untouched('build()'): net = space.build(g, seed=0)
         assert not any(map(_is_choice, net.modules())), f'build({space.to_str(g)}) has a Choice inside'
-        out = net(_images(space, 2))
+        out = _apply(net, space.example(2))
         assert tuple(out.shape) == (2, space.n_classes), f'build gives shape {tuple(out.shape)} instead of {(2, space.n_classes)}'
         assert out.isfinite().all(), f'build({space.to_str(g)}) gives values that are not finite'
         assert torch.equal(_flat(net), _flat(space.build(g, seed=0))), 'the same seed gave different weights'
         assert not torch.equal(_flat(net), _flat(space.build(g, seed=1))), 'different seeds gave the same weights'
 
+# %% ../../nbs/core/check.ipynb #3659af35
 @law('space')
 def space_supernet(space):
     "supernet(seed) follows its seed only; example(batch) has the space's input shape."
@@ -498,20 +542,61 @@ def space_supernet(space):
     assert torch.equal(_flat(a), _flat(space.supernet(seed=0))), 'the same seed gave different supernets'
     assert not torch.equal(_flat(a), _flat(space.supernet(seed=1))), 'different seeds gave the same supernet'
     x = space.example(batch=3)
+    x = x[0] if isinstance(x, tuple) else x
     assert tuple(x.shape) == (3, *space.in_shape), f'example(3) has shape {tuple(x.shape)}, expected {(3, *space.in_shape)}'
 
-# %% ../../nbs/core/check.ipynb #6943e04d
-def check_space(space):
-    """Assert that `space` keeps all laws of a search space: sampling, round trips, and agreement of supernet, `discretize` and `build`.
+@law('space')
+def space_state(space):
+    "The state_dict holds everything: a supernet of another seed that loads it (weights_only) gives the same output."
+    net, other, file = _warm_supernet(space).eval(), space.supernet(seed=1).eval(), io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with torch.no_grad(): a, b = (m(space.example(2), _uniform(space)) for m in (net, other))
+    _close(a, b, 1e-6, 'output after loading the state_dict')
 
-    Builds a few networks on the CPU: give it a narrow instance. AssertionError naming every law that is broken. See `LAWS['space']`."""
-    _check('space', space)
-
-# %% ../../nbs/core/check.ipynb #88fac7d7
+# %% ../../nbs/core/check.ipynb #5bdbd34a
 def _relaxed(space, seed=0):
-    shapes = {group: (len(rows), len(space.op_names)) for group, rows in space.groups.items()}
+    shapes = {group: (len(rows), len(_names(space, group))) for group, rows in space.groups.items()}
     return {group: _logits(*shape, seed=seed + i).softmax(-1).requires_grad_() for i, (group, shape) in enumerate(shapes.items())}
 
+@law('space')
+def space_autocast(space):
+    "Under bfloat16 autocast the output stays within a tenth of float32's, and finite gradients reach weights and architecture."
+    net, x, W = _warm_supernet(space).train(), space.example(8), _relaxed(space)
+    with torch.no_grad(): want = net(x, W)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = net(x, W)
+        loss = torch.nn.functional.cross_entropy(out, torch.arange(8) % space.n_classes)
+    gap = float((out.detach().float() - want).norm()/want.norm())
+    assert gap <= .1, f'bfloat16 autocast changes the output by {gap:.3g} of its norm, allowed 0.1'
+    loss.backward()
+    for name, p in [*W.items(), *((n, p) for n, p in net.named_parameters() if p.grad is not None)]:
+        assert p.grad is not None and p.grad.isfinite().all(), f'under autocast no finite gradient reaches {name}'
+
+@law('space')
+def space_compile(space):
+    "torch.compile (backend 'eager') keeps value and gradient of the supernet, and takes discretize(g) as one graph."
+    torch._dynamo.reset()      # or the limit of recompilations, which counts all instances of a class, turns the compiler off
+    net, x, W = _warm_supernet(space).eval(), space.example(2), _relaxed(space)
+    values, grads = [], []
+    for f in (net, torch.compile(net, backend='eager')):
+        values.append(f(x, W))
+        grads.append(torch.autograd.grad(values[-1].square().sum(), list(W.values())))
+    _close(values[1], values[0], 1e-5, 'the compiled supernet against itself')
+    for group, a, b in zip(W, *grads): _close(b, a, 1e-4*(1 + float(a.abs().max())), f'its gradient in group {group!r}')
+    plain = net.discretize(_sample(space, n=1)[0]).eval()
+    with torch.no_grad(): _close(_apply(torch.compile(plain, backend='eager', fullgraph=True), x), _apply(plain, x), 1e-5, 'compiled discretize(g)')
+
+# %% ../../nbs/core/check.ipynb #6943e04d
+def check_space(space, skip=()):
+    """Assert that `space` keeps all laws of a search space: sampling, round trips, and agreement of supernet, `discretize` and `build`.
+
+    Builds some thirty networks on the CPU: give it a narrow instance. `skip`: names of laws to leave out, such as 'space_compile' (the slowest).
+    AssertionError naming every law that is broken. See `LAWS['space']`."""
+    _check('space', space, skip=skip)
+
+# %% ../../nbs/core/check.ipynb #88fac7d7
 @law('cost')
 def cost_one_hot(cost, space):
     "cost(one_hot(g)) equals cost.of(g), to a relative 1e-4."
