@@ -17,7 +17,7 @@ def _check_rows(table, space, name='table'):
     if set(table) != set(space.groups): raise ValueError(f'{name} has the groups {sorted(table)}: allowed are {sorted(space.groups)}')
     out = {}
     for group, edges in space.groups.items():
-        t, shape = torch.as_tensor(table[group], dtype=torch.get_default_dtype()), (len(edges), len(space.op_names))
+        t, shape = torch.as_tensor(table[group], dtype=torch.get_default_dtype()), (len(edges), len(space.candidates[group]))
         if tuple(t.shape) != shape: raise ValueError(f'{name}[{group!r}] has shape {tuple(t.shape)}: allowed is {shape}')
         if not torch.isfinite(t).all(): raise ValueError(f'{name}[{group!r}] holds NaN or infinity: allowed are finite numbers')
         out[group] = t
@@ -54,7 +54,7 @@ def fit_lut(space, genotypes, values, unit):
     b = np.linalg.lstsq(X - mean, y - y.mean(), rcond=1e-10)[0]
     table, start = {}, 0
     for group, edges in space.groups.items():
-        size = len(edges)*len(space.op_names)
+        size = len(edges)*len(space.candidates[group])
         table[group] = b[start:start + size].reshape(len(edges), -1)
         start += size
     return LUTCost(table, space, unit, constant=float(y.mean() - mean @ b))

@@ -34,14 +34,14 @@ def by_probability(logp: dict, space) -> Iterator[tuple[Genotype, float]]:
 
 # %% ../../nbs/search/select.ipynb #d7bef5ff
 def _log_table(logp, space):
-    "The rows of all groups below each other, float64 [R, n_ops], checked."
+    "The rows of all groups, a list of float64 [n_ops], checked."
     rows = []
     for group, edges in space.groups.items():
-        a = np.asarray(torch.as_tensor(logp[group]).detach().cpu(), dtype=np.float64)
-        if a.shape != (len(edges), len(space.op_names)) or np.isnan(a).any():
-            raise ValueError(f'logp[{group!r}] must be {(len(edges), len(space.op_names))} log-probabilities without NaN, got shape {a.shape}')
-        rows.append(a)
-    return np.concatenate(rows)
+        a, shape = np.asarray(torch.as_tensor(logp[group]).detach().cpu(), dtype=np.float64), (len(edges), len(space.candidates[group]))
+        if a.shape != shape or np.isnan(a).any():
+            raise ValueError(f'logp[{group!r}] must be {shape} log-probabilities without NaN, got shape {a.shape}')
+        rows += list(a)
+    return rows
 
 def _grouped(flat, space):
     "Operation numbers of all rows, cut into the space's groups."
