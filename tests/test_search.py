@@ -1,5 +1,7 @@
 """The search wing from outside: resume, mutation and composition tests that need several modules at once. Small networks, seconds."""
+import copy
 import inspect
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 import numpy as np
@@ -7,17 +9,19 @@ import pytest
 import torch
 from torch import nn
 from nas_nb.core.data import load_task
+from nas_nb.core.protocol import Protocol
 from nas_nb.core.run import Checkpoints, load_state, save_state
 from nas_nb.cost.expected import LUTCost
 from nas_nb.relax.choice import Gumbel
 from nas_nb.relax.core import Cosine, Exponential
 from nas_nb.search import driver
 from nas_nb.search.driver import Budget, Constraint, Plugin, SearchRecipe, Soft, run_search
-from nas_nb.search.hypergrad import FirstOrder, HyperGrad
+from nas_nb.search.hypergrad import FirstOrder, HyperGrad, Unrolled, closure
 from nas_nb.search.latency import LatencyBudget, check_limit, la_search, pareto_sweep, reachable
 from nas_nb.search.retrain import Recipe, train_from_scratch
 from nas_nb.search.select import Within, by_probability
 from nas_nb.space.cells import nb201_space
+from nas_nb.space.mini import mini_space, mini_task
 
 BUDGET = Budget(epochs=3, batch_size=20)
 
@@ -160,6 +164,39 @@ def test_a_hypergradient_with_several_passes_and_a_state(space, task, tmp_path):
     resumed = run(9, ckpt=tmp_path, resume=True)
     same(whole, resumed)
     assert resumed.state.hyper.calls == whole.state.hyper.calls == resumed.state.step
+
+HYPER = {'unrolled fd': Unrolled, 'unrolled exact': lambda: Unrolled('exact', steps=2)}
+
+@pytest.fixture(scope='module')
+def mini(): return replace(mini_task(), train=mini_task().train.subset(range(120)))
+
+@pytest.mark.parametrize('name', HYPER)
+def test_a_search_with_any_hypergradient_resumes_bitwise(name, mini, tmp_path):
+    run = lambda kill, **k: run_search(mini_space().supernet(2), mini, hyper=HYPER[name](), relax=Gumbel(), plugins=[KillIn(kill)], budget=BUDGET, seed=2, **k)
+    whole = run(99)
+    with pytest.raises(Killed): run(1, ckpt=tmp_path)
+    same(whole, run(99, ckpt=tmp_path, resume=True))
+    first = run_search(mini_space().supernet(2), mini, relax=Gumbel(), plugins=[KillIn(99)], budget=BUDGET, seed=2)
+    assert not torch.equal(whole.state.a[0], first.state.a[0])                # it is not first order under another name
+
+@pytest.mark.parametrize('name', HYPER)
+def test_a_hypergradient_leaves_weights_buffers_optimizer_and_architecture_alone(name, mini):
+    s = run_search(mini_space().supernet(0), mini, hyper=HYPER[name](), budget=Budget(1, 20)).state
+    s.net.train(); s.step = 0; s.begin_step()
+    val, train = (closure(s.net, s.w, lambda half=half: s.loss(half, s.sample())) for half in ('val', 'train'))
+    before = {k: v.clone() for k, v in s.net.state_dict().items()}, copy.deepcopy(s.w_opt.state_dict())
+    with driver.frozen_statistics(s.norms): grads = s.hyper(val, train, s.w, s.a, 0.05, s.w_opt)
+    assert [g.shape for g in grads] == [a.shape for a in s.a] and not any(g.requires_grad for g in grads)
+    assert all(torch.equal(before[0][k], v) for k, v in s.net.state_dict().items()) and all(p.grad is None for p in s.net.parameters())
+    old, new = before[1]['state'], s.w_opt.state_dict()['state']
+    assert old.keys() == new.keys() and all(torch.equal(old[k]['momentum_buffer'], new[k]['momentum_buffer']) for k in old)
+
+def test_a_look_ahead_meets_the_penalties_of_the_weights_it_uses():
+    net = mini_space().supernet(0)
+    net.penalty = lambda: sum(p.square().sum() for p in net.weight_parameters())
+    w, protocol = net.weight_parameters(), Protocol(net)
+    loss = closure(net, w, lambda: protocol.penalty(torch.zeros(())))
+    assert loss() > 0 and torch.allclose(loss([2 * p for p in w]), 4 * loss())
 
 def test_the_module_protocol_is_spoken_in_search_and_retraining(task):
     class Ball(nn.Linear):

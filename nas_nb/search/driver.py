@@ -22,7 +22,7 @@ from ..core.protocol import Protocol
 from ..core.run import Checkpoints, rng_state, seeded, set_rng_state
 from ..relax.choice import Relax, Softmax
 from ..relax.core import Constant, Cosine, Schedule
-from .hypergrad import FirstOrder, HyperGrad
+from .hypergrad import FirstOrder, HyperGrad, closure
 from .plugin import Batch, Budget, Constraint, Plugin, SearchRecipe, Soft
 from .select import Magnitude
 _all_ = ['Batch', 'Budget', 'Constraint', 'Plugin', 'SearchRecipe', 'Soft']
@@ -113,8 +113,8 @@ def frozen_statistics(norms):
 # %% ../../nbs/search/driver.ipynb #81457686
 def arch_step(s: SearchState):
     "Architecture update on a batch of half B: the hypergradient, the constraint's update, then whatever listens."
-    with frozen_statistics(s.norms):
-        grads = s.hyper(lambda: s.loss('val', s.sample()), lambda: s.loss('train', s.sample()), s.w, s.a, s.values['w_lr'], s.w_opt)
+    val, train = (closure(s.net, s.w, lambda half=half: s.loss(half, s.sample())) for half in ('val', 'train'))
+    with frozen_statistics(s.norms): grads = s.hyper(val, train, s.w, s.a, s.values['w_lr'], s.w_opt)
     s.arch_done(grads)
 
 def weight_step(s: SearchState):
