@@ -1,5 +1,5 @@
 """Spaces as a user meets them: laws over whole spaces, the published tables, networks that leave Python, and the mini table remade in part."""
-import io, json, subprocess, sys, warnings
+import io, json, os, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from nas_nb.core.data import data_home
 from nas_nb.ops.conv import NB201_OPS
+from nas_nb.relax.choice import Softmax
 from nas_nb.space.cells import CellSpace, TooManyStages, nb201_space
 from nas_nb.space.core import Choice, Genotype
 from nas_nb.space.mini import mini_space, mini_truth, train_mini
@@ -73,6 +74,22 @@ def test_all_none_is_zero_and_a_constant_answer():
         assert torch.equal(out, out[:1].expand_as(out)) and out.isfinite().all()
         built = space.build(g).eval()(space.example(3))
         assert torch.equal(built, built[:1].expand_as(built))
+
+SLOW = pytest.mark.skipif('slow' not in os.environ.get('NAS_NB_FLAGS', '').split(), reason="slow: the compiler makes C++ (NAS_NB_FLAGS=slow)")
+
+@pytest.mark.parametrize('backend', ('aot_eager', pytest.param('inductor', marks=SLOW)))
+def test_compiled_is_the_same(backend):
+    "Value, gradients of weights and architecture, and running statistics of a compiled supernet in training mode; then the network handed back."
+    space, x, y, found = mini_space(), mini_space().example(8), torch.arange(8), []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        net = space.supernet()
+        out = (torch.compile(net, backend=backend) if compiled else net)(x, net.arch.weights(Softmax()))
+        nn.functional.cross_entropy(out, y).backward()
+        found.append([out.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
+    for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    plain = net.eval().discretize(space.sample(np.random.default_rng(0)))
+    with torch.no_grad(): torch.testing.assert_close(torch.compile(plain, backend=backend, fullgraph=True)(x), plain(x), atol=1e-5, rtol=1e-4)
 
 # --- NAS-Bench-201 ------------------------------------------------------------------------------------------------------------------
 
