@@ -194,13 +194,16 @@ class Space:
         own = isinstance(op_names, dict) and set(op_names) == set(self.groups)      # else the keys of a dict are the names
         self.candidates = {g: tuple(op_names[g] if own else op_names) for g in self.groups}
         self.op_names = tuple(dict.fromkeys(n for names in self.candidates.values() for n in names))
-        if len(self.in_shape) != 3 or min(self.in_shape) < 1:
-            raise ValueError(f'in_shape must be (channels, height, width) >= 1, got {in_shape}')
-        if self.n_classes < 2: raise ValueError(f'n_classes must be at least 2, got {n_classes}')
+        self.check_shapes()
         for names in self.candidates.values():
             if not set(names) - {NONE}: raise ValueError(f'op_names must hold an operation besides {NONE!r}, got {names}')
         full = [CellGraph(g, *self.ends[g], tuple((s, t, 'any') for s, t in e)) for g, e in self.groups.items()]
         if not all(map(_live, full)): raise ValueError(f'groups must connect an input with an output, got {self.groups}')
+    def check_shapes(self):
+        "ValueError unless the networks take images to at least two classes; a space of other networks overrides it."
+        if len(self.in_shape) != 3 or min(self.in_shape) < 1:
+            raise ValueError(f'in_shape must be (channels, height, width) >= 1, got {self.in_shape}')
+        if self.n_classes < 2: raise ValueError(f'n_classes must be at least 2, got {self.n_classes}')
     def size(self):
         "The number of genotypes, an exact int."
         return math.prod(len(self.candidates[g])**len(e) for g, e in self.groups.items())
