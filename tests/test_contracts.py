@@ -59,6 +59,11 @@ SPACES = {
     'nb201': lambda: part('space.cells:nb201_space')(in_shape=(1, 8, 8), n_classes=10, C=4, stages=2, cells=1),
     'own': two_operations,
     'mini': lambda: part('space.mini:mini_space')(),
+    'darts': lambda: part('space.darts:darts_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
+    'darts-own-cells': lambda: part('space.darts:darts_space')((3, 9, 7), 3, C=2, cells=4, nodes=1, shared=False),
+    # s4 is checked in space/darts: noise in training cannot agree with itself under autocast, nor be compiled as one graph
+    **{f'darts-{which}': (lambda which=which, nodes=nodes: part('space.darts:robust_space')(which, (1, 8, 8), C=2, cells=3, nodes=nodes))
+       for which, nodes in (('s1', 4), ('s2', 1))},
 }
 
 def lookup_table(space, seed=0):

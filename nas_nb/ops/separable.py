@@ -63,7 +63,7 @@ class MaxPoolBN(nn.Module):
         self.pool, self.bn = MaxPool(C_in, C_out, stride, affine), nn.BatchNorm2d(C_out, affine=affine)
     def forward(self, x): return self.bn(self.pool(x))
 
-# %% ../../nbs/ops/separable.ipynb #730aa638
+# %% ../../nbs/ops/separable.ipynb #7bc5375e
 class Noise(nn.Module):
     """N(0, 1) of the shape [B, C_out, ceil(H/stride), ceil(W/stride)], whatever x [B, C_in, H, W] holds.
 
@@ -83,7 +83,7 @@ class Noise(nn.Module):
         return self._draw(self.calls, (B, *shape), x)
     def _draw(self, call, shape, x):
         generator = torch.Generator(x.device).manual_seed((self.seed + call*2654435769) % 2**32)   # odd factor: 2^32 calls differ
-        return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        return torch.randn(shape, generator=generator, device=x.device).to(x.dtype)     # the same numbers in every dtype
     def get_extra_state(self): return torch.tensor([self.seed, self.calls])
     def set_extra_state(self, state): self.seed, self.calls = state.tolist()
     def extra_repr(self): return f'{self.C_out}, stride={self.stride}'
