@@ -17,6 +17,7 @@ from nas_nb.relax.core import Cosine, Exponential
 from nas_nb.search import driver
 from nas_nb.search.driver import Budget, Constraint, Plugin, SearchRecipe, Soft, run_search
 from nas_nb.search.hypergrad import FirstOrder, HyperGrad, Unrolled, closure
+from nas_nb.search.implicit import Implicit
 from nas_nb.search.latency import LatencyBudget, check_limit, la_search, pareto_sweep, reachable
 from nas_nb.search.retrain import Recipe, train_from_scratch
 from nas_nb.search.select import Within, by_probability
@@ -165,7 +166,7 @@ def test_a_hypergradient_with_several_passes_and_a_state(space, task, tmp_path):
     same(whole, resumed)
     assert resumed.state.hyper.calls == whole.state.hyper.calls == resumed.state.step
 
-HYPER = {'unrolled fd': Unrolled, 'unrolled exact': lambda: Unrolled('exact', steps=2)}
+HYPER = {'unrolled fd': Unrolled, 'unrolled exact': lambda: Unrolled('exact', steps=2), 'neumann': lambda: Implicit(steps=2), 'cg': lambda: Implicit('cg', steps=2, damping=.1)}
 
 @pytest.fixture(scope='module')
 def mini(): return replace(mini_task(), train=mini_task().train.subset(range(120)))
