@@ -183,7 +183,7 @@ def darts_space(in_shape=(3, 32, 32), n_classes=10, C=16, cells=8, nodes=4, shar
 # %% ../../nbs/space/darts.ipynb #414d7e00
 @patch
 def layout(self: DartsSpace, C=None, cells=None, outputs=None):
-    "A `Place` for every cell of a network of another size; `outputs`: how many nodes the cells of a group concatenate, default all."
+    "A `Place` for every cell of a network of another size; `outputs`: how many nodes each cell concatenates, default all."
     C, cells, places = C or self.C, cells or self.cells, []
     C0 = C1 = 3*C
     for i in range(cells):
@@ -191,7 +191,7 @@ def layout(self: DartsSpace, C=None, cells=None, outputs=None):
         group = ('reduce' if reduction else 'normal') if self.shared else f'cell{i}'
         C *= 1 + reduction
         places.append(Place(group, reduction, after, C0, C1, C))
-        C0, C1 = C1, C*(outputs[group] if outputs else self.nodes)
+        C0, C1 = C1, C*(outputs[i] if outputs else self.nodes)
     return places
 
 @patch
@@ -228,34 +228,43 @@ class DartsSupernet(Supernet):
         for cell in self.cells: s0, s1 = s1, cell(s0, s1, W[cell.group], active[cell.group])
         return self.head(s1)
 
-# %% ../../nbs/space/darts.ipynb #c553ce33
-def _needed(places, edges):
-    "Which cells the last one depends on, given the live `edges` of every group."
-    needed = [False]*(len(places) - 1) + [True]
+# %% ../../nbs/space/darts.ipynb #a179e015
+@patch
+def live_edges(self: DartsSpace, g, cells=None):
+    "For every cell the edges of `g` on a path from the image to the logits, (source, target, operation); () for a cell that is not needed."
+    self.chosen(g)
+    graphs, places, fed, live = {c.group: c for c in g.cells}, self.layout(cells=cells), [True, True], []       # fed: the stem, twice
+    for i, p in enumerate(places):
+        c = graphs[p.group]
+        read = tuple(e for e in c.edges if e[0] > 1 or fed[i + e[0]])
+        live.append(Genotype(self.name, (CellGraph(p.group, 2, c.outputs, read),)).canonical().cells[0].edges)
+        fed.append(bool(live[-1]))
+    read = {len(places) - 1}
     for i in reversed(range(len(places))):
-        for s in {s for s, _, _ in edges[places[i].group] if s < 2 and needed[i]}:
-            if i - 2 + s >= 0: needed[i - 2 + s] = True
-    return needed
+        if i not in read: live[i] = ()
+        read |= {i - 2 + s for s, _, _ in live[i] if s < 2}
+    return live
 
+# %% ../../nbs/space/darts.ipynb #bbe70efe
 class DartsNetwork(nn.Module):
-    """The plain network of `edges` (group -> (source, target, operation)): [B, C, H, W] -> logits [B, n_classes].
+    """The plain network of `edges`, for every cell (source, target, operation): [B, C, H, W] -> logits [B, n_classes].
 
-    `affine`: scale and shift in batch norms. `live`: `edges` are live ones, and only what they need is built. `auxiliary`: a second head."""
-    def __init__(self, space, edges, affine=True, C=None, cells=None, live=True, auxiliary=False):
+    `affine`: scale and shift in batch norms. `live`: `edges` are live ones, and only what they need is built. `auxiliary`: a second head.
+    `needed`: for every cell whether it is there."""
+    def __init__(self, space, edges, affine=True, C=None, live=True, auxiliary=False):
         super().__init__()
-        nodes, C, cells = space.nodes, C or space.C, cells or space.cells
-        outputs = {g: sorted({t for _, t, _ in e}) if live else list(range(2, nodes + 2)) for g, e in edges.items()}
-        places = space.layout(C, cells, {g: len(o) for g, o in outputs.items()})
-        needed, self.cells, self.tap = _needed(places, edges) if live else [True]*cells, nn.ModuleList(), 2*cells//3
-        for p, used in zip(places, needed):
-            if used and not outputs[p.group]: raise ValueError(f'g must connect input and output, got {p.group!r} without a path')
-            reads = [not live or any(s == i for s, _, _ in edges[p.group]) for i in (0, 1)]
+        if live and not edges[-1]: raise ValueError('g must connect the image with the logits, got no path through the last cell')
+        C, every = C or space.C, list(range(2, space.nodes + 2))
+        outputs = [sorted({t for _, t, _ in e}) if live else every for e in edges]
+        places = space.layout(C, len(edges), [len(o) for o in outputs])
+        self.cells, self.tap, self.needed = nn.ModuleList(), 2*len(edges)//3, tuple(not live or bool(e) for e in edges)
+        for p, e, o, used in zip(places, edges, outputs, self.needed):
+            reads = [not live or any(s == i for s, _, _ in e) for i in (0, 1)]
             def make(op, stride): return space.ops[op](p.C, p.C, stride, affine)
-            self.cells.append(DartsCell(p, nodes, edges[p.group], make, outputs[p.group], affine, reads) if used else nn.Identity())
-        def width(i): return places[i].C*len(outputs[places[i].group])
-        self.needed, (self.stem, self.head) = tuple(needed), space.ends_of_network(C, width(-1))
-        if auxiliary and not needed[self.tap]: raise ValueError(f'auxiliary needs cell {self.tap}, which this network does not have')
-        self.auxiliary = AuxiliaryHead(width(self.tap), space) if auxiliary else None
+            self.cells.append(DartsCell(p, space.nodes, e, make, o, affine, reads) if used else nn.Identity())
+        self.stem, self.head = space.ends_of_network(C, places[-1].C*len(outputs[-1]))
+        if auxiliary and not self.needed[self.tap]: raise ValueError(f'auxiliary needs cell {self.tap}, which this network does not have')
+        self.auxiliary = AuxiliaryHead(places[self.tap].C*len(outputs[self.tap]), space) if auxiliary else None
     def features(self, x):
         "The output of every cell, None for cells that are not there."
         s0, s1, out = (s := self.stem(x)), s, []
@@ -283,11 +292,10 @@ class AuxiliaryHead(nn.Module):
     def forward(self, x): return self.layers(x)
 
 # %% ../../nbs/space/darts.ipynb #ac5d3527
-def _decided(space, g, live=False):
-    "The edges of `g`, checked, group -> (source, target, operation) in the order of rows, without 'none'; `live`: without dead ones."
-    chosen = space.chosen(g)
-    if live: return {c.group: c.edges for c in g.canonical().cells}
-    return {group: tuple((*e, ops[e]) for e in space.groups[group] if ops.get(e, NONE) != NONE) for group, ops in chosen.items()}
+@patch
+def decided(self: DartsSpace, g):
+    "The edges of `g`, checked, group -> (source, target, operation) in the order of rows, without 'none'."
+    return {group: tuple((*e, ops[e]) for e in self.groups[group] if ops.get(e, NONE) != NONE) for group, ops in self.chosen(g).items()}
 
 @patch
 def build(self: DartsSpace, g, seed=0, live=True, C=None, cells=None, auxiliary=False):
@@ -298,8 +306,8 @@ def build(self: DartsSpace, g, seed=0, live=True, C=None, cells=None, auxiliary=
     if C is not None: check_whole('C', C, 2)
     if cells is not None and check_whole('cells', cells, 3) != self.cells and not self.shared:
         raise ValueError(f'cells must be {self.cells}, as every cell has its own architecture, got {cells}')
-    edges = _decided(self, g, live)
-    with seeded(seed): return DartsNetwork(self, edges, True, C, cells, live, auxiliary)
+    edges = self.live_edges(g, cells) if live else [self.decided(g)[p.group] for p in self.layout(cells=cells)]
+    with seeded(seed): return DartsNetwork(self, edges, True, C, live, auxiliary)
 
 @patch
 def supernet(self: DartsSpace, seed=0):
@@ -318,14 +326,15 @@ def discretize(self: DartsSupernet, g, copy_weights=True):
     """The `DartsNetwork` that computes what this supernet computes at one-hot weights of genotype `g`: same widths, nothing left out.
 
     `copy_weights`: with a copy of the supernet's weights and statistics, in its train or eval mode; else initialised with seed 0."""
-    edges, like = _decided(self.space, g), next(self.parameters())
+    decided, like = self.space.decided(g), next(self.parameters())
+    edges = [decided[cell.group] for cell in self.cells]
     with seeded(0): net = DartsNetwork(self.space, edges, affine=False, live=False).to(like.device, like.dtype)
     if copy_weights:
         for name in ('stem', 'head'): getattr(net, name).load_state_dict(getattr(self, name).state_dict())
-        for mine, its in zip(self.cells, net.cells):
+        for mine, its, kept in zip(self.cells, net.cells, edges):
             for name in ('preprocess0', 'preprocess1'): getattr(its, name).load_state_dict(getattr(mine, name).state_dict())
             row = {e: r for r, e in enumerate(mine.edges)}
-            for op, (s, t, name) in zip(its.ops, edges[mine.group]): op.load_state_dict(mine.choices[row[s, t]].ops[name].state_dict())
+            for op, (s, t, name) in zip(its.ops, kept): op.load_state_dict(mine.choices[row[s, t]].ops[name].state_dict())
     return net.train(self.training)
 
 # %% ../../nbs/space/darts.ipynb #8b90ff8f
@@ -334,7 +343,7 @@ def to_darts(self: DartsSpace, g):
     "Genotype `g` in DARTS's notation. ValueError where a node does not keep exactly two edges, or cells do not share."
     if not self.shared: raise ValueError('shared must be True: the notation has one normal and one reduction cell')
     parts = []
-    for group, edges in _decided(self, g).items():
+    for group, edges in self.decided(g).items():
         if [t for _, t, _ in edges] != [t for t in range(2, self.nodes + 2) for _ in (0, 1)]:
             raise ValueError(f'g must keep two edges for every node, got {edges} in {group!r}')
         parts.append(f'{group}={[(op, s) for s, _, op in edges]}, {group}_concat={list(range(2, self.nodes + 2))}')
