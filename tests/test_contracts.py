@@ -28,6 +28,7 @@ RELAXATIONS = {
     'SparseNoisySoftmax-hard': lambda: part('relax.sparse:SparseNoisySoftmax')(hard=True),
     'MaxW': lambda: part('relax.sparse:MaxW')(),
     'NodeSigmoid': lambda: part('relax.sparse:NodeSigmoid')(),
+    **{f'BinaryGate-{mode}': lambda mode=mode: part('relax.paths:BinaryGate')(mode) for mode in ('full', 'recompute', 'two')},
     'Entmax': lambda: with_entmax('Entmax'),
     'Sparsemax': lambda: with_entmax('Sparsemax'),
 }
@@ -121,7 +122,7 @@ def test_cost(name):
 
 def test_every_relaxation_is_registered():
     base = part('relax.choice:Relax')
-    importlib.import_module('nas_nb.relax.sparse')
+    for module in ('sparse', 'paths'): importlib.import_module(f'nas_nb.relax.{module}')
     exist = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.')}
     missing = exist - {type(make()).__name__ for make in RELAXATIONS.values()}
     assert not missing, f'add to RELAXATIONS: {sorted(missing)}'

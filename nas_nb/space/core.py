@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
+from ..relax.paths import Paths, open_paths, path_sum
 
 # %% ../../nbs/space/core.ipynb #4ec8cd88
 NONE, SKIP = 'none', 'skip_connect'
@@ -109,15 +110,19 @@ class ArchParams(nn.Module):
         self.groups = {name: tuple(shape) for name, shape in groups.items()}
         self.logits = nn.ParameterDict({name: nn.Parameter(init_std*torch.randn(shape, generator=generator)) for name, shape in self.groups.items()})
     def __getitem__(self, name): return self.logits[name]
-    def weights(self, relax, t=1., training=True, generator=None):
-        "What the relaxation `relax` makes of the logits at temperature `t`: `Weights`."
-        return {name: relax(self.logits[name], t=t, training=training, generator=generator) for name in self.groups}
+    def weights(self, relax, t=1., training=True, generator=None, samples=None):
+        """What the relaxation `relax` makes of the logits at temperature `t`: `Weights`.
+
+        `samples` B: [B, rows, n_ops], every sample of a batch with noise of its own. Default: one draw [rows, n_ops] for all."""
+        if samples is not None and not (isinstance(samples, int) and samples > 0): raise ValueError(f'samples must be an integer >= 1, got {samples!r}')
+        logits = {name: p if samples is None else p.expand(samples, *p.shape) for name, p in self.logits.items()}
+        return {name: relax(p, t=t, training=training, generator=generator) for name, p in logits.items()}
 
 # %% ../../nbs/space/core.ipynb #11ab51d3
 def active_operations(w):
-    """For every row of `w` [rows, n_ops] or [B, rows, n_ops] the operations that must be computed: all where a gradient is wanted,
-    else those whose weight is not exactly 0 for some sample. One transfer from the device for the whole group."""
-    if w.requires_grad: return [tuple(range(w.shape[-1]))]*w.shape[-2]
+    """For every row of `w` [rows, n_ops] or [B, rows, n_ops] the operations that must be computed: all where a gradient is wanted
+    (for the weights of a `BinaryGate`: `Paths`), else those whose weight is not exactly 0 for some sample. One transfer from the device."""
+    if w.requires_grad: return open_paths(w) or [tuple(range(w.shape[-1]))]*w.shape[-2]
     used = (w != 0) if w.dim() == 2 else (w != 0).any(0)
     return [tuple(i for i, u in enumerate(row) if u) for row in used.tolist()]
 
@@ -126,7 +131,7 @@ class Choice(nn.Module):
     """An edge not yet decided: the weighted sum of candidate operations `ops` (name -> module). `key` = (group, row) says which weights decide it.
 
     `forward(x, w, active=None)`: `w` [n_ops], or [B, n_ops] for weights of each sample's own. `active`: indices of the operations that may be
-    called, by default those whose weight is not exactly 0, or all where `w` carries a gradient. An operation with `is_zero` is not called.
+    called, by default those whose weight is not exactly 0, or all where `w` carries a gradient; or `Paths`. One with `is_zero` is not called.
     Where nothing is left, the result is zero, of the shape that a zero-like operation gives, or else of x."""
     def __init__(self, ops, key):
         super().__init__()
@@ -134,12 +139,13 @@ class Choice(nn.Module):
         self.ops, self.key, self.names = nn.ModuleDict(ops), tuple(key), tuple(ops)
         self.zero_like = tuple(getattr(op, 'is_zero', False) for op in self.ops.values())
     def running(self, w, active=None):
-        "Indices of the operations that `forward` calls."
+        "Indices of the operations that `forward` calls, or that are asked in the backward pass."
         if active is None: active = active_operations(w.unsqueeze(-2))[0]
-        return tuple(i for i in active if not self.zero_like[i])
+        return tuple(i for i in (*active, *getattr(active, 'others', ())) if not self.zero_like[i])
     def forward(self, x, w, active=None):
         if w.shape[-1] != len(self.names):
             raise ValueError(f'w must hold {len(self.names)} weights (one for each of {self.names}), got shape {tuple(w.shape)}')
+        if isinstance(active, Paths): return path_sum(self.ops, x, w, active)
         total, modules, parts = None, tuple(self.ops.values()), w.unbind(-1)
         for i in self.running(w, active):
             y = modules[i](x)
@@ -161,8 +167,8 @@ class Supernet(nn.Module):
     def forward(self, x, W=None):
         if W is None: W = {name: self.arch[name].softmax(-1) for name in self.arch.groups}
         for name, shape in self.arch.groups.items():
-            if name not in W or tuple(W[name].shape[-2:]) != shape:
-                raise ValueError(f'W must hold weights {shape} for group {name!r}, got {tuple(W[name].shape) if name in W else "none"}')
+            if name not in W or tuple(W[name].shape) not in (shape, (len(x), *shape)):
+                raise ValueError(f'W must hold weights {shape}, or {(len(x), *shape)}, for group {name!r}, got {tuple(W[name].shape) if name in W else "none"}')
         return self.compute(x, W, {name: active_operations(W[name]) for name in self.arch.groups})
     def compute(self, x, W, active): raise NotImplementedError(f'{type(self).__name__} must define compute()')
     def arch_parameters(self):
