@@ -56,10 +56,19 @@ def two_operations():
     return part('space.cells:CellSpace')('own', ops, nodes=4, edges=((0, 1), (1, 2), (0, 3), (2, 3)), in_shape=(1, 8, 8), n_classes=3,
                                          C=4, stages=1)
 
+def narrow_chain(make, *args, **kwargs):
+    "A chain for pictures of 8 x 8 pixels, with few channels."
+    return part(f'space.chains:{make}')(*args, **dict(stem=(4, 1), head=8, in_shape=(1, 8, 8), n_classes=4) | kwargs)
+
 SPACES = {
     'nb201': lambda: part('space.cells:nb201_space')(in_shape=(1, 8, 8), n_classes=10, C=4, stages=2, cells=1),
     'own': two_operations,
     'mini': lambda: part('space.mini:mini_space')(),
+    'fbnet': lambda: narrow_chain('fbnet_space', 'small', widths=(4, 6), repeats=(1, 2), strides=(1, 2)),
+    'fbnet-everywhere': lambda: narrow_chain('fbnet_space', 'small', 'everywhere', widths=(4, 6), repeats=(1, 1), strides=(1, 2),
+                                             in_shape=(3, 9, 7)),
+    'proxyless': lambda: narrow_chain('proxyless_chain', (4, 6), (2, 1), (1, 2), (3, 5), (1, 2), first=4),
+    'elastic': lambda: narrow_chain('elastic_chain', ((4, 1), (6, 2)), (1, 2), (1, 2), (3,), first=4),
     'darts': lambda: part('space.darts:darts_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
     'darts-own-cells': lambda: part('space.darts:darts_space')((3, 9, 7), 3, C=2, cells=4, nodes=1, shared=False),
     # s4 is checked in space/darts: noise in training cannot agree with itself under autocast, nor be compiled as one graph
