@@ -166,9 +166,10 @@ class Supernet(nn.Module):
         self.space, self.arch = space, arch
     def forward(self, x, W=None):
         if W is None: W = {name: self.arch[name].softmax(-1) for name in self.arch.groups}
+        batch = len(x[0] if isinstance(x, tuple) else x)               # a tuple: a network with several inputs
         for name, shape in self.arch.groups.items():
-            if name not in W or tuple(W[name].shape) not in (shape, (len(x), *shape)):
-                raise ValueError(f'W must hold weights {shape}, or {(len(x), *shape)}, for group {name!r}, got {tuple(W[name].shape) if name in W else "none"}')
+            if name not in W or tuple(W[name].shape) not in (shape, (batch, *shape)):
+                raise ValueError(f'W must hold weights {shape}, or {(batch, *shape)}, for group {name!r}, got {tuple(W[name].shape) if name in W else "none"}')
         return self.compute(x, W, {name: active_operations(W[name]) for name in self.arch.groups})
     def compute(self, x, W, active): raise NotImplementedError(f'{type(self).__name__} must define compute()')
     def arch_parameters(self):
