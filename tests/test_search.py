@@ -13,12 +13,13 @@ from nas_nb.core.protocol import Protocol
 from nas_nb.core.run import Checkpoints, load_state, save_state
 from nas_nb.cost.expected import LUTCost
 from nas_nb.relax.choice import Gumbel
-from nas_nb.relax.core import Cosine, Exponential
-from nas_nb.search import driver
+from nas_nb.relax.core import Cosine, Exponential, Linear
+from nas_nb.search import driver, hypergrad, implicit, rarts
 from nas_nb.search.driver import Budget, Constraint, Plugin, SearchRecipe, Soft, run_search
 from nas_nb.search.hypergrad import FirstOrder, HyperGrad, Unrolled, closure
 from nas_nb.search.implicit import Implicit
 from nas_nb.search.latency import LatencyBudget, check_limit, la_search, pareto_sweep, reachable
+from nas_nb.search.rarts import Split
 from nas_nb.search.retrain import Recipe, train_from_scratch
 from nas_nb.search.select import Within, by_probability
 from nas_nb.space.cells import nb201_space
@@ -166,7 +167,9 @@ def test_a_hypergradient_with_several_passes_and_a_state(space, task, tmp_path):
     same(whole, resumed)
     assert resumed.state.hyper.calls == whole.state.hyper.calls == resumed.state.step
 
-HYPER = {'unrolled fd': Unrolled, 'unrolled exact': lambda: Unrolled('exact', steps=2), 'neumann': lambda: Implicit(steps=2), 'cg': lambda: Implicit('cg', steps=2, damping=.1)}
+HYPER = {'unrolled fd': Unrolled, 'unrolled exact': lambda: Unrolled('exact', steps=2),
+         'neumann': lambda: Implicit(steps=2), 'cg': lambda: Implicit('cg', steps=2, damping=.1),
+         'split': lambda: Split(lam=2., beta=Linear(.1, 1.)), 'split, jacobi': lambda: Split(order='jacobi')}
 
 @pytest.fixture(scope='module')
 def mini(): return replace(mini_task(), train=mini_task().train.subset(range(120)))
@@ -246,6 +249,12 @@ def test_the_result_is_within_the_budget_for_any_limit(space, price, task):
 
 # --- the house rule ------------------------------------------------------------------------------------------------------------------
 
-def test_the_driver_stays_readable_in_one_sitting():
-    lines = [line for line in Path(inspect.getfile(driver)).read_text().splitlines() if line.strip() and not line.startswith('#')]
+@pytest.mark.parametrize('module', [driver, hypergrad, implicit, rarts], ids=lambda m: m.__name__)
+def test_a_module_stays_readable_in_one_sitting(module):
+    text = Path(inspect.getfile(module)).read_text()
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith('#')]
     assert len(lines) <= 250, f'{len(lines)} lines: a paper belongs into a plug-in'
+
+def test_the_driver_knows_no_method_of_hypergradients():
+    text = Path(inspect.getfile(driver)).read_text()
+    assert not any(name in text for name in ('Unrolled', 'Implicit', 'Split(', 'unrolled', 'implicit'))
