@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['gumbel_like', 'harden', 'straight_through', 'entropy', 'discretisation_gap', 'Schedule', 'Constant', 'Linear',
-           'Exponential', 'Cosine']
+           'Exponential', 'Cosine', 'EntropyAdaptive']
 
 # %% ../../nbs/relax/core.ipynb #ff94ac4c
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 
 # %% ../../nbs/relax/core.ipynb #6cd5901b
@@ -107,3 +107,44 @@ class Cosine(Schedule):
     def _value(self, t):
         s = (1 - math.cos(math.pi*t))/2
         return (1 - s)*self.a + s*self.b
+
+# %% ../../nbs/relax/core.ipynb #f24641ec
+def _lead(h):
+    "The lead x >= 0 of the first of two logits (x, 0) at which their softmax has the normalised entropy h, by bisection; 1e-4 to 25."
+    low, high = 1e-4, 25.
+    for _ in range(50):
+        x = (low + high)/2
+        p = 1/(1 + math.exp(-x))
+        now = (math.log1p(math.exp(-x)) + (1 - p)*x)/math.log(2)
+        low, high = (x, high) if now > h else (low, x)
+    return (low + high)/2
+
+@dataclass
+class EntropyAdaptive(Schedule):
+    """A temperature that makes the entropy of the choices follow `target`, a `Schedule` (or number) with values in (0, 1), by feedback.
+
+    `value` is the present temperature, `start` until something is observed. `limit` > 1: the largest factor of one correction.
+    `low`, `high`: bounds of the temperature. `state_dict` holds it. ValueError for numbers outside these ranges.
+    Source: the idea Zhang, Ding (arXiv 2306.06855); the law of feedback is ours."""
+    target: Schedule
+    start: float = 1.
+    limit: float = 2.
+    low: float = 1e-4
+    high: float = 1e2
+    temperature: float = field(init=False, repr=False, compare=False)
+    def __post_init__(self):
+        if not isinstance(self.target, Schedule): self.target = Constant(float(self.target))
+        wrong = [v for v in map(self.target.value, (0, .25, .5, .75, 1)) if not 0 < v < 1]
+        if wrong: raise ValueError(f'target must have values between 0 and 1, both excluded, got {wrong[0]}')
+        if not 0 < self.low <= self.start <= self.high < math.inf:
+            raise ValueError(f'start must be between low and high, 0 < low, got start={self.start}, low={self.low}, high={self.high}')
+        if not 1 < self.limit < math.inf: raise ValueError(f'limit must be > 1 and finite, got {self.limit}')
+        self.temperature = float(self.start)
+    def _value(self, t): return self.temperature
+    def observe(self, entropy, t):
+        "Correct the temperature: `entropy` in [0, 1] is the mean normalised entropy, without noise, at the present one; `t` the progress."
+        if not -1e-3 <= entropy <= 1 + 1e-3: raise ValueError(f'entropy must be normalised, in [0, 1], got {entropy}')
+        factor = _lead(entropy)/_lead(self.target.value(t))
+        self.temperature = min(max(self.temperature*min(max(factor, 1/self.limit), self.limit), self.low), self.high)
+    def state_dict(self): return dict(temperature=self.temperature)
+    def load_state_dict(self, tree): self.temperature = float(tree['temperature'])
