@@ -71,6 +71,7 @@ SPACES = {
     'elastic': lambda: narrow_chain('elastic_chain', ((4, 1), (6, 2)), (1, 2), (1, 2), (3,), first=4),
     'darts': lambda: part('space.darts:darts_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
     'darts-own-cells': lambda: part('space.darts:darts_space')((3, 9, 7), 3, C=2, cells=4, nodes=1, shared=False),
+    'gold': lambda: part('space.gold:gold_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
     # s4 is checked in space/darts: noise in training cannot agree with itself under autocast, nor be compiled as one graph
     **{f'darts-{which}': (lambda which=which, nodes=nodes: part('space.darts:robust_space')(which, (1, 8, 8), C=2, cells=3, nodes=nodes))
        for which, nodes in (('s1', 4), ('s2', 1))},
