@@ -15,7 +15,7 @@ from torch.func import functional_call
 class HyperGrad:
     "Estimates the gradient of the validation loss in the architecture. Subclasses override `__call__`, and the rest where they keep a state."
     def start(self, s) -> None:
-        "Called once before the search with the driver's state `s`, before a checkpoint is loaded."
+        "Called once before the search with the driver's state `s`, before a checkpoint is loaded; may set `s.steps`, the updates of one step."
 
     def __call__(self, L_val: Callable[..., Tensor], L_train: Callable[..., Tensor], w: list[Tensor], arch: list[Tensor],
                  xi: float, w_opt: torch.optim.Optimizer) -> list[Tensor]:
