@@ -12,7 +12,8 @@ from nas_nb.search.implicit import Implicit
 from nas_nb.search.rarts import Split
 from nas_nb.space.mini import mini_space, mini_task
 
-METHODS = {'first order': FirstOrder, 'split': Split, 'unrolled fd': Unrolled, 'implicit, 5 terms': Implicit, 'implicit, identity': lambda: Implicit('identity', alpha=.1)}
+METHODS = {'first order': FirstOrder, 'split': Split, 'split, jacobi': lambda: Split(order='jacobi'), 'unrolled fd': Unrolled, 'implicit, 5 terms': Implicit,
+           'implicit, identity': lambda: Implicit('identity', alpha=.1)}
 
 def step(s):
     start = time.perf_counter()

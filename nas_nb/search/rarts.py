@@ -13,12 +13,12 @@ from ..relax.core import Constant, Schedule
 from .driver import arch_step
 from .hypergrad import HyperGrad, with_tensors
 
-# %% ../../nbs/search/rarts.ipynb #6ddb4e15
+# %% ../../nbs/search/rarts.ipynb #babfa1f3
 class Split(HyperGrad):
     """RARTS: weights `w` (the network's) on the training loss, a copy `y` on the validation loss, both pulled together; the architecture descends both.
 
     `lam` > 0: weight of the training loss. `beta` > 0: stiffness, a number or a `Schedule` of the search's progress. `order`: 'seidel' (w, architecture,
-    y in turn) or 'jacobi' (all from the old values). The network holds w at the end; `exchange()` swaps the copies. ValueError for other values.
+    y in turn) or 'jacobi' (all from the old values, two passes instead of four). The network holds w at the end; `exchange()` swaps the copies. ValueError for other values.
     Source: Xue, Qi, Xin (arXiv 2008.03901)."""
     def __init__(self, lam=1., beta=1., order='seidel'):
         if not 0 < lam < float('inf'): raise ValueError(f'lam={lam!r}: allowed is a finite number above 0')
@@ -44,7 +44,7 @@ class Split(HyperGrad):
         val, train = (torch.autograd.grad(loss, arch, allow_unused=True, materialize_grads=True) for loss in (L_val(self.y), L_train()))
         return [v + self.lam * t for v, t in zip(val, train)]
 
-# %% ../../nbs/search/rarts.ipynb #bf125605
+# %% ../../nbs/search/rarts.ipynb #021faaf2
 @patch
 def start(self: Split, s):
     self.s, self.names = s, {id(p): name for name, p in s.net.named_parameters()}
@@ -59,15 +59,15 @@ def tensors(self: Split) -> dict:
     return {self.names[id(p)]: q for p, q in zip(self.s.w, self.y)} | self.buffers
 
 @patch
-def w_grads(self: Split, s) -> list[Tensor]:
-    with torch.no_grad(): W = s.sample()
-    return self.pulled(torch.autograd.grad(s.loss('train', W), s.w, allow_unused=True), s.w, self.y, self.lam)
-
-@patch
-def y_grads(self: Split, s) -> list[Tensor]:
-    with torch.no_grad(): W = s.sample()
-    loss = with_tensors(s.net, self.tensors(), lambda: s.loss('val', W))
-    return self.pulled(torch.autograd.grad(loss, self.y, allow_unused=True), self.y, s.w)
+def sides(self: Split, s, half: str, arch=()) -> tuple:
+    "Gradients of `half`'s block ('train': w, 'val': y) and, from the same pass, of the loss in the tensors `arch`; the choice weights are constants without."
+    def loss():
+        with torch.set_grad_enabled(bool(arch)): W = s.sample()
+        return s.loss(half, W)
+    mine, other, weight = (s.w, self.y, self.lam) if half == 'train' else (self.y, s.w, 1.)
+    value = loss() if half == 'train' else with_tensors(s.net, self.tensors(), loss)
+    grads = torch.autograd.grad(value, [*mine, *arch], allow_unused=True)
+    return self.pulled(grads[:len(mine)], mine, other, weight), [torch.zeros_like(a) if g is None else g for a, g in zip(arch, grads[len(mine):])]
 
 @patch
 def y_update(self: Split, s, grads):
@@ -79,21 +79,20 @@ def y_update(self: Split, s, grads):
     self.y_opt.zero_grad(set_to_none=True)
     with_tensors(s.net, self.tensors(), s.protocol.project_)
 
-# %% ../../nbs/search/rarts.ipynb #f38f3119
+# %% ../../nbs/search/rarts.ipynb #7f95c994
 @patch
 def step(self: Split, s):
-    "One step of the search: w, architecture, y, each from the newest others or all from the old ones."
+    "One step of the search: w, architecture, y, each from the newest others; or all from the old ones, which takes half the passes."
     self.progress_(s.step / (s.budget.epochs * len(s.sources['train'])))
-    grads = self.w_grads(s)
     if self.order == 'seidel':
-        s.weight_update(grads)
+        s.weight_update(self.sides(s, 'train')[0])
         arch_step(s)
-        self.y_update(s, self.y_grads(s))
+        self.y_update(s, self.sides(s, 'val')[0])
     else:
-        y_grads = self.y_grads(s)
-        arch_step(s)
-        s.weight_update(grads)
-        self.y_update(s, y_grads)
+        (for_w, train), (for_y, val) = self.sides(s, 'train', s.a), self.sides(s, 'val', s.a)
+        s.arch_done([v + self.lam * t for v, t in zip(val, train)])
+        s.weight_update(for_w)
+        self.y_update(s, for_y)
 
 @patch
 def exchange(self: Split):
