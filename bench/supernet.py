@@ -1,0 +1,200 @@
+"""A full first-order search step of a supernet: the reference loop, our plain path, our fast path, with the same weights and the same batch, taking turns.
+
+    python bench/supernet.py [--quick] [--json] [--threads 2] [--rounds 3]
+
+The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too), contiguous memory format, a full
+backward pass through weights and architecture in both halves of the step, PyTorch's default threads. The fast path takes the best of 1 and `--threads` threads. One step:
+loss on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference.
+The floor is the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
+Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
+import argparse, copy, json, os, subprocess, sys, time
+import numpy as np, torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from nas_nb.core.run import seeded
+from nas_nb.space.cells import MixedCell, nb201_space
+from nas_nb.space.darts import DartsMixedCell, darts_space
+from nas_nb.space.fast import accelerate
+
+SPACES = {'darts': lambda quick: darts_space((3, 32, 32), 10, C=8 if quick else 16, cells=5 if quick else 8),
+          'nb201': lambda quick: nb201_space((3, 32, 32), 10, C=16, stages=3, cells=1 if quick else 5)}
+
+# --- the reference loop ---------------------------------------------------------------------------------------------------------------
+
+def mixed(choice, x, w):
+    "The sum over all operations as the public codes write it; 'none' multiplies its input by zero."
+    def call(name, op):
+        if name != 'none': return op(x)
+        return x[:, :, ::op.stride, ::op.stride].mul(0.)
+    return sum(wi*call(name, op) for wi, (name, op) in zip(w, choice.ops.items()))
+
+def reference_cell(cell, inputs, w):
+    h = list(inputs)
+    row = 0
+    for target in sorted({t for _, t in cell.edges}):
+        sources = [s for s, t in cell.edges if t == target]
+        h.append(sum(mixed(cell.choices[row + j], h[s], w[row + j]) for j, s in enumerate(sources)))
+        row += len(sources)
+    return h
+
+def reference_forward(net, x):
+    W = {group: net.arch[group].softmax(-1) for group in net.arch.groups}
+    if hasattr(net, 'cells'):
+        s0 = s1 = net.stem(x)
+        for cell in net.cells:
+            h = reference_cell(cell, (cell.preprocess0(s0), cell.preprocess1(s1)), W[cell.group])
+            s0, s1 = s1, torch.cat(h[2:], 1)
+        return net.head(s1)
+    x = net.stem(x)
+    for part in net.body: x = reference_cell(part, (x,), W['cell'])[-1] if isinstance(part, MixedCell) else part(x)
+    return net.head(x)
+
+# --- the three sides ------------------------------------------------------------------------------------------------------------------
+
+class Side:
+    "One way to make a step: a network of its own (a copy of `net`), its optimizers, its number of threads."
+    def __init__(self, kind, net, threads):
+        self.kind, self.threads, self.net = kind, threads, copy.deepcopy(net)
+        if kind == 'fast': accelerate(self.net)
+        self.net.train()
+        self.arch, self.weights = self.net.arch_parameters(), self.net.weight_parameters()
+        fused = dict(fused=True) if kind == 'fast' else {}
+        self.a_opt = torch.optim.Adam(self.arch, 3e-4, (.5, .999), weight_decay=1e-3, **fused)
+        self.w_opt = torch.optim.SGD(self.weights, .025, .9, weight_decay=3e-4, **fused)
+    def loss(self, batch):
+        x, y = batch
+        if self.kind == 'fast': x = x.contiguous(memory_format=torch.channels_last)
+        return cross_entropy(reference_forward(self.net, x) if self.kind == 'reference' else self.net(x), y)
+    def half(self, batch, wanted, others):
+        "Gradients in p.grad: all of them in the reference, else those of `wanted` only."
+        if self.kind == 'reference':
+            self.net.zero_grad()
+            self.loss(batch).backward()
+            return
+        for p in others: p.requires_grad_(False)
+        for p, g in zip(wanted, torch.autograd.grad(self.loss(batch), wanted)): p.grad = g
+        for p in others: p.requires_grad_(True)
+    def step(self, train, val):
+        torch.set_num_threads(self.threads)
+        self.half(val, self.arch, self.weights)
+        self.a_opt.step()
+        self.half(train, self.weights, self.arch)
+        nn.utils.clip_grad_norm_(self.weights, 5)
+        self.w_opt.step()
+        self.net.zero_grad(set_to_none=True)
+
+def gradients(side, batch):
+    "Loss and gradients, without a trace on statistics."
+    state = copy.deepcopy(side.net.state_dict())
+    loss = side.loss(batch)
+    grads = torch.autograd.grad(loss, [*side.arch, *side.weights])
+    buffers = [b.clone() for b in side.net.buffers() if b.is_floating_point()]
+    side.net.load_state_dict(state)
+    return [loss.detach()], grads, buffers
+
+def disagreement(space, dtype, batch=8):
+    "Largest relative difference of loss, gradients (in norm) and batch-norm statistics: fast and plain against the reference."
+    with seeded(1): net, data = space.supernet(0).to(dtype), (torch.randn(batch, *space.in_shape, dtype=dtype), torch.arange(batch) % 10)
+    reference, plain, fast = (gradients(Side(kind, net, torch.get_num_threads()), data) for kind in ('reference', 'plain', 'fast'))
+    def gap(a, b): return max(float((p - q).norm()/(p.norm() + 1e-6)) for p, q in zip(a, b))
+    return [max(gap(a, b) for a, b in zip(reference, other)) for other in (plain, fast)]
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------------------------
+
+def convolutions(net, x):
+    "Every convolution of one plain forward pass: (module, input shape, multiply-adds)."
+    seen, hooks = [], []
+    def note(m, args, out): seen.append((m, tuple(args[0].shape), out.numel()*m.weight[0].numel()))
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): hooks.append(m.register_forward_hook(note))
+    with torch.no_grad(): net(x)
+    for h in hooks: h.remove()
+    return seen
+
+def peak_rate(calls, seconds=.3):
+    "The best rate in GFLOP/s that a convolution of the list reaches, forward, channels last, over its largest shapes."
+    best = 0.
+    largest = sorted({(m.weight.shape, m.stride, m.padding, m.dilation, m.groups, shape): macs for m, shape, macs in calls}.items(), key=lambda kv: -kv[1])[:12]
+    for (w, stride, padding, dilation, groups, shape), macs in largest:
+        w, x = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in (w, shape))
+        end = time.perf_counter() + seconds/12
+        while True:
+            start = time.perf_counter()
+            torch.conv2d(x, w, None, stride, padding, dilation, groups)
+            best = max(best, 2e-9*macs/(time.perf_counter() - start))
+            if time.perf_counter() > end: break
+    return best
+
+# --- memory -----------------------------------------------------------------------------------------------------------------------------
+
+def status(key): return int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])/1024
+
+def batches(space, batch):
+    with seeded(2): return [(torch.randn(batch, *space.in_shape), torch.randint(0, 10, (batch,))) for _ in range(2)]
+
+def measure_peak(name, kind, batch, quick, threads):
+    space = SPACES[name](quick)
+    side, small, full = Side(kind, space.supernet(0), threads), batches(space, 2), batches(space, batch)
+    side.step(*small)                                                   # libraries load before the count starts
+    open('/proc/self/clear_refs', 'w').write('5')
+    before = status('VmRSS')
+    side.step(*full)
+    print(status('VmHWM') - before)
+
+def peak(name, kind, batch, quick, threads):
+    command = [sys.executable, os.path.abspath(__file__), '--peak', f'{name},{kind},{batch}', '--threads', str(threads)] + ['--quick']*quick
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+# --- the table --------------------------------------------------------------------------------------------------------------------------
+
+def race(sides, data, rounds):
+    "Medians in seconds of the sides' steps, taking turns; a first round does not count."
+    times = {label: [] for label in sides}
+    for turn in range(rounds + 1):
+        for label, side in sides.items():
+            start = time.perf_counter()
+            side.step(*data)
+            if turn: times[label].append(time.perf_counter() - start)
+    return {label: float(np.median(t)) for label, t in times.items()}
+
+def rows(args):
+    for name in SPACES:
+        space = SPACES[name](args.quick)
+        for dtype in (torch.float64, torch.float32):
+            plain, fast = disagreement(space, dtype)
+            yield dict(name=f'{name} disagreement {str(dtype)[6:]}', plain=plain, fast=fast, unit='relative')
+        for batch in (16,) if args.quick else (16, 64):
+            with seeded(0): net = space.supernet(0)
+            data, tried = batches(space, batch), sorted({1, args.threads})
+            sides = {'reference': Side('reference', net, args.threads), 'plain': Side('plain', net, args.threads)}
+            sides |= {f'fast, {t} threads': Side('fast', net, t) for t in tried}
+            seconds = race(sides, data, args.rounds)
+            best = min((label for label in seconds if label.startswith('fast')), key=seconds.get)
+            for peer in ('reference', 'plain'):
+                yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best], unit='s', n=args.rounds,
+                           against=peer, side=best)
+            torch.set_num_threads(sides[best].threads)
+            calls = convolutions(net, data[0][0])
+            work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls)      # 2 forward, 2 gradients in x, 1 in weights
+            yield dict(name=f'{name} floor, batch {batch}', GFLOP=work, GFLOPs=rate, seconds=work/rate, share=work/rate/seconds[best], unit='s')
+            if not args.quick:
+                memory = {kind: peak(name, kind, batch, args.quick, args.threads) for kind in ('reference', 'plain', 'fast')}
+                for peer in ('reference', 'plain'):
+                    yield dict(name=f'{name} memory, batch {batch}', ours=memory['fast'], peer=memory[peer], ratio=memory[peer]/memory['fast'], unit='MB', n=1, against=peer)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--quick', action='store_true', help='small supernets, batch 16: under a minute')
+    p.add_argument('--json', action='store_true', help='one JSON object a line')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help="threads of the reference and the plain path (PyTorch's default)")
+    p.add_argument('--rounds', type=int, default=3, help='turns of every side')
+    p.add_argument('--peak', help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.peak:
+        name, kind, batch = args.peak.split(',')
+        return measure_peak(name, kind, int(batch), args.quick, args.threads)
+    for row in rows(args):
+        if args.json: print(json.dumps(row), flush=True)
+        else: print('  '.join(f'{v:.4g}' if isinstance(v, float) else str(v) if k in ('name', 'unit', 'side') else f'{k} {v}' for k, v in row.items()), flush=True)
+
+if __name__ == '__main__': main()
