@@ -13,7 +13,9 @@ from nas_nb.core.protocol import Protocol
 from nas_nb.core.run import Checkpoints, load_state, save_state
 from nas_nb.cost.expected import LUTCost
 from nas_nb.relax.choice import Gumbel
-from nas_nb.relax.core import Cosine, Exponential, Linear
+from nas_nb.relax.core import Cosine, EntropyAdaptive, Exponential, Linear
+from nas_nb.relax.paths import BinaryGate
+from nas_nb.relax.sparse import SparseNoisySoftmax
 from nas_nb.search import driver, hypergrad, implicit, rarts
 from nas_nb.search.driver import Budget, Constraint, Plugin, SearchRecipe, Soft, run_search
 from nas_nb.search.hypergrad import FirstOrder, HyperGrad, Unrolled, closure
@@ -73,9 +75,13 @@ def settings(name, space, price):
     sampled = SampledCost(price.table, space, 'ms', 0.1)
     return {'softmax': dict(), 'one level': dict(level='one'), 'gumbel': dict(relax=Gumbel(), schedules=dict(temperature=Exponential(3., 0.3))),
             'hard gumbel': dict(relax=Gumbel(hard=True)), 'budget': dict(constraint=LatencyBudget(price, '0.5ms'), select=Within(price, '0.5ms')),
-            'sampled cost': dict(objective=Soft(sampled, 0.5), schedules=dict(lam=Cosine(0.1, 0.5)))}[name]
+            'sampled cost': dict(objective=Soft(sampled, 0.5), schedules=dict(lam=Cosine(0.1, 0.5))),
+            'entropy': dict(schedules=dict(temperature=EntropyAdaptive(Linear(.9, .3), start=.02))),
+            'annealed noise': dict(relax=SparseNoisySoftmax(Linear(2., 0.))), 'gates': dict(relax=BinaryGate()), 'two gates': dict(relax=BinaryGate('two')),
+            'noise per sample': dict(relax=Gumbel(), recipe=SearchRecipe(per_sample=True))}[name]
 
-@pytest.mark.parametrize('name', ['softmax', 'one level', 'gumbel', 'hard gumbel', 'budget', 'sampled cost'])
+@pytest.mark.parametrize('name', ['softmax', 'one level', 'gumbel', 'hard gumbel', 'budget', 'sampled cost', 'entropy', 'annealed noise', 'gates',
+                                  'two gates', 'noise per sample'])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(name, space, price, task, tmp_path):
     run = lambda kill, **k: run_search(space.supernet(1), task, budget=BUDGET, seed=1, plugins=[Count(), KillIn(kill)], **settings(name, space, price), **k)
     whole = run(99)
@@ -246,6 +252,55 @@ def test_the_result_is_within_the_budget_for_any_limit(space, price, task):
     with pytest.raises(ValueError, match='reachable are'): pareto_sweep(space, task, price, limits=('1ms', f'{least * 0.9}ms'))
     with pytest.raises(ValueError, match='exactly one'): pareto_sweep(space, task, price)
     assert str(check_limit(price, '700us', space)) == '0.7 ms'
+
+# --- relaxations and schedules that the driver talks to ----------------------------------------------------------------------------------
+
+def test_the_temperature_follows_the_entropy(space, task):
+    "The recorded entropy keeps to the target, where a constant temperature does not; rolled back, the temperature goes back too."
+    target = Linear(.9, .3)
+    class Back(Plugin):
+        "Once, after epoch 4, back to the end of epoch 2"
+        kept, times = None, 0
+        def epoch_end(self, s):
+            if s.epoch == 2: self.kept = s.snapshot()
+            if s.epoch == 4 and not self.times: self.times = 1; s.restore(self.kept)
+    run = lambda temperature, *plugins: run_search(space.supernet(0), task, budget=Budget(8, 20), plugins=plugins, schedules=dict(temperature=temperature))
+    adaptive = EntropyAdaptive(target, start=.02, limit=4.)
+    a, b = run(adaptive), run(adaptive, Back())
+    assert [r['temperature'] for r in a.history] == [r['temperature'] for r in b.history] and adaptive.temperature == .02
+    off = lambda result: np.mean([abs(r['entropy'] - target.value((r['epoch'] - 1)/8)) for r in result.history[3:]])
+    assert off(a) < .1 < off(run(Exponential(.02, .02)))
+    assert len({r['temperature'] for r in a.history}) == 8
+
+def test_noise_is_annealed_within_a_search(space, task):
+    sizes = []
+    class Look(Plugin):
+        def after_w(self, s): sizes.append(s.relax.size)
+    run_search(space.supernet(0), task, budget=Budget(2, 20), relax=SparseNoisySoftmax(Linear(1., 0.)), plugins=[Look()])
+    assert sizes == pytest.approx([1 - i/len(sizes) for i in range(len(sizes))])
+
+def test_a_gated_search_moves_only_what_ran(space, task):
+    "Bit for bit, the weight step leaves operations alone that were not drawn; with pairs, other probabilities stay in spite of Adam and decay."
+    class Look(Plugin):
+        def after_a(self, s):
+            old, new = self.logits.softmax(-1), s.net.arch['cell'].detach().softmax(-1)
+            if s.relax.mode == 'two': assert (old - new)[~s.W['cell'].paths[1]].abs().max() < 3e-7
+            assert not torch.equal(old, new)
+            self.before = {k: v.clone() for k, v in s.net.state_dict().items()}
+        def after_w(self, s):
+            drawn = tuple(f'choices.{row}.ops.{space.op_names[i]}.' for row, i in enumerate(s.W['cell'].argmax(-1).tolist()))
+            moved = [k for k, v in s.net.state_dict().items() if '.choices.' in k and not torch.equal(v, self.before[k])]
+            assert all(any(d in k for d in drawn) for k in moved)
+            self.epoch_start(s)
+        def epoch_start(self, s): self.logits = s.net.arch['cell'].detach().clone()
+    for mode in ('recompute', 'two'): run_search(space.supernet(0), task, budget=Budget(2, 20), relax=BinaryGate(mode), plugins=[Look()])
+
+def test_costs_see_the_mean_of_noise_per_sample(space, price, task):
+    result = run_search(space.supernet(0), task, budget=Budget(1, 20), relax=Gumbel(), recipe=SearchRecipe(per_sample=True), objective=Soft(price, 1.),
+                        constraint=LatencyBudget(price, '0.5ms'))
+    assert price.bounds()[0] <= result.history[-1]['cost'] <= price.bounds()[1]
+    with pytest.raises(ValueError, match='W must hold'):                  # halves of fewer images than a batch
+        run_search(space.supernet(0), task, budget=Budget(1, 100), relax=Gumbel(), recipe=SearchRecipe(per_sample=True))
 
 # --- the house rule ------------------------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,9 @@ class Schedule:
         if not 0 <= t <= 1: raise ValueError(f't, the progress, must be in [0, 1], got {t}')
         return float(self._value(t))
     def _value(self, t): raise NotImplementedError(f'{type(self).__name__} must define _value(t)')
+    def observe(self, entropy, t): "Told once in a while how undecided the choices are, from 0 to 1; most schedules do not listen."
+    def state_dict(self): return {}
+    def load_state_dict(self, tree): "Takes back what `state_dict` gave."
 
 @dataclass(frozen=True)
 class Constant(Schedule):

@@ -21,7 +21,7 @@ from ..core.progress import bar
 from ..core.protocol import Protocol
 from ..core.run import Checkpoints, rng_state, seeded, set_rng_state
 from ..relax.choice import Relax, Softmax
-from ..relax.core import Constant, Cosine, Schedule
+from ..relax.core import Constant, Cosine, Schedule, entropy
 from .hypergrad import FirstOrder, HyperGrad, closure
 from .plugin import Batch, Budget, Constraint, Plugin, SearchRecipe, Soft
 from .select import Magnitude
@@ -36,7 +36,7 @@ class SearchState:
         self.budget, self.seed, self.recipe = budget, seed, recipe
         self.constraint = Constraint() if constraint is None else constraint
         self.parts = (objective, self.constraint, *plugins)
-        self.schedules = dict(temperature=Constant(1.), w_lr=Cosine(recipe.w_lr, recipe.w_lr_end), a_lr=Constant(recipe.a_lr)) | dict(schedules)
+        self.schedules = dict(temperature=Constant(1.), w_lr=Cosine(recipe.w_lr, recipe.w_lr_end), a_lr=Constant(recipe.a_lr)) | copy.deepcopy(dict(schedules))
         self.check(task)
         self.device = next(net.parameters()).device
         self.task = task.to(self.device)
@@ -44,10 +44,10 @@ class SearchState:
         self.w_opt = torch.optim.SGD(self.w, recipe.w_lr, recipe.momentum, weight_decay=recipe.w_decay, foreach=True)
         self.a_opt = torch.optim.Adam(self.a, recipe.a_lr, recipe.a_betas, weight_decay=recipe.a_decay, foreach=True)
         self.sources = self.make_sources()
-        self.noise = torch.Generator(self.device)
+        self.noise, self.protocol = torch.Generator(self.device), Protocol(net)
         self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
         self.generators = [p.cost.generator for p in self.parts if isinstance(getattr(p.cost, 'generator', None), torch.Generator)]
-        self.protocol = Protocol(net)
+        self.stateful = (*self.parts, *self.schedules.values())
         self.steps = dict(bi=(arch_step, weight_step), one=(joint_step,))[level]
         self.epoch = self.step = 0
         self.history, self.pareto, self.stopped, self.values = [], [], None, {}
@@ -85,7 +85,7 @@ def batch(s: SearchState, half: str):
 def sample(s: SearchState) -> dict:
     "Choice weights W for the present architecture, with this step's noise; differentiable in the architecture unless called without gradients."
     s.noise.manual_seed(s.noise_seed)
-    s.W = s.net.arch.weights(s.relax, t=s.values['temperature'], training=True, generator=s.noise)
+    s.W = s.net.arch.weights(s.relax, s.values['temperature'], generator=s.noise, samples=s.budget.batch_size if s.recipe.per_sample else None)
     return s.W
 
 @patch
@@ -97,6 +97,7 @@ def loss(s: SearchState, half: str, W: dict, hooks=None) -> Tensor:
     s.seen.setdefault(half, torch.stack([total.detach(), (logits.detach().argmax(1) == y).float().mean()]))   # the first pass of a step counts
     hooks = hooks or dict(train=('w_loss',), val=('a_loss',))[half]
     if 'w_loss' in hooks: total = s.protocol.penalty(total)
+    if s.recipe.per_sample: W = {k: w.mean(0) for k, w in W.items()}
     for hook in hooks:
         for part in s.parts: total = getattr(part, hook)(s, total, Batch(x, y, logits, W))
     return total
@@ -135,7 +136,10 @@ def call(s: SearchState, hook: str):
 
 @patch
 def arch_done(s: SearchState, grads):
+    settle = getattr(s.relax, 'settle_', None)             # pairs of binary gates: the other probabilities are not to move
+    before = {k: s.net.arch[k].detach().clone() for k in s.net.arch.groups} if settle else {}
     s.constraint.update(s, grads)
+    for k, old in before.items(): settle(s.net.arch[k], old, s.W[k], s.values['temperature'])
     s.constraint.after_arch(s)
     s.call('after_a')
 
@@ -170,6 +174,7 @@ def begin_step(s: SearchState):
     s.noise_seed = int(np.random.SeedSequence((s.seed, s.step)).generate_state(1, np.uint64)[0] >> 1)
     s.drawn, s.seen = {}, {}
     s.protocol.progress_(t)
+    if hasattr(s.relax, 'progress_'): s.relax.progress_(t)
 
 @patch
 def check_finite(s: SearchState, trace):
@@ -196,18 +201,20 @@ def run_epoch(s: SearchState, tick=lambda: None):
     s.check_finite(trace)
     s.epoch += 1
     s.record |= dict(epoch=s.epoch, **s.summary(trace))
+    for schedule in s.schedules.values(): schedule.observe(s.record['entropy'], s.epoch / s.budget.epochs)
     s.history.append(s.record)
     s.call('epoch_end')
 
 @patch
 def summary(s: SearchState, trace) -> dict:
-    "Means over an epoch's steps, the schedules' values, choice weights without noise, and the expected cost of the first part that has one."
+    "Means over an epoch's steps, the schedules' values, choice weights without noise, their entropy, and the expected cost of the first part that has one."
     row = {}
     for half in s.sources:
         seen = [step[half] for step in trace if half in step]
         if seen: row[f'{half}_loss'], row[f'{half}_acc'] = torch.stack(seen).mean(0).tolist()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):   # a cost may draw samples: looking at it must not change the run
-        W = s.net.arch.weights(s.relax, t=s.values['temperature'], training=False)
+        W, P = (s.net.arch.weights(relax, s.values['temperature'], training=False) for relax in (s.relax, Softmax()))
+        row['entropy'] = torch.cat([entropy(p).flatten() for p in P.values() if p.shape[-1] > 1] or [torch.zeros(1)]).mean().item()
         cost = next((p.cost for p in s.parts if p.cost is not None), None)
         if cost is not None: row['cost'] = float(cost(W))
     return row | s.values | dict(weights={group: w.detach().cpu().clone() for group, w in W.items()})
@@ -219,7 +226,7 @@ def snapshot(s: SearchState) -> dict:
     return copy.deepcopy(dict(
         epoch=s.epoch, step=s.step, stopped=s.stopped, history=s.history, pareto=s.pareto, net=s.net.state_dict(),
         w_opt=s.w_opt.state_dict(), a_opt=s.a_opt.state_dict(), rng=rng_state(), sources={k: b.state_dict() for k, b in s.sources.items()},
-        hyper=s.hyper.state_dict(), parts=[p.state_dict() for p in s.parts], generators=[g.get_state() for g in s.generators]))
+        hyper=s.hyper.state_dict(), parts=[p.state_dict() for p in s.stateful], generators=[g.get_state() for g in s.generators]))
 
 @patch
 def restore(s: SearchState, tree: dict):
@@ -228,7 +235,7 @@ def restore(s: SearchState, tree: dict):
     s.epoch, s.step, s.stopped, s.history, s.pareto = (tree[k] for k in ('epoch', 'step', 'stopped', 'history', 'pareto'))
     for name in ('net', 'w_opt', 'a_opt', 'hyper'): getattr(s, name).load_state_dict(tree[name])
     for name, batches in s.sources.items(): batches.load_state_dict(tree['sources'][name])
-    for part, state in zip(s.parts, tree['parts'], strict=True): part.load_state_dict(state)
+    for part, state in zip(s.stateful, tree['parts'], strict=True): part.load_state_dict(state)
     for generator, state in zip(s.generators, tree['generators'], strict=True): generator.set_state(state.cpu())
     set_rng_state(tree['rng'])
 

@@ -24,7 +24,8 @@ class Budget:
 @dataclass(frozen=True)
 class SearchRecipe:
     """Optimizers of a search. Weights: SGD, learning rate `w_lr` falling by a cosine to `w_lr_end`, `momentum`, decay `w_decay`, gradient norm at most `clip`.
-    Architecture: Adam with `a_lr`, `a_betas`, decay `a_decay`. Schedules named w_lr, a_lr take precedence."""
+    Architecture: Adam with `a_lr`, `a_betas`, decay `a_decay`. Schedules named w_lr, a_lr take precedence.
+    `per_sample`: a noisy relaxation draws for every image of a batch, not once for the batch (default); costs see the batch's mean weights."""
     w_lr: float = 0.05
     w_lr_end: float = 0.
     momentum: float = 0.9
@@ -33,6 +34,7 @@ class SearchRecipe:
     a_lr: float = 3e-3
     a_betas: tuple = (0.5, 0.999)
     a_decay: float = 1e-3
+    per_sample: bool = False
     def __post_init__(self):
         for name in ('w_lr', 'clip', 'a_lr'):
             if not getattr(self, name) > 0: raise ValueError(f'{name}={getattr(self, name)!r}: allowed is a number above 0')
