@@ -84,7 +84,7 @@ def sgd_settings(w_opt) -> dict:
     if not plain: raise ValueError(f'w_opt={w_opt!r}: allowed is torch.optim.SGD with one group, without nesterov, dampening and maximize')
     return dict(decay=group['weight_decay'], momentum=group['momentum'])
 
-# %% ../../nbs/search/hypergrad.ipynb #52eeeb2b
+# %% ../../nbs/search/hypergrad.ipynb #b20d8058
 class Unrolled(HyperGrad):
     """The gradient through the weights' next `steps` updates on this step's batch, as `w_opt` (SGD) does them, without clipping.
 
@@ -117,6 +117,6 @@ class Unrolled(HyperGrad):
         for p in ahead: p.requires_grad_()
         grads = torch.autograd.grad(L_val(ahead), [*arch, *ahead], allow_unused=True, materialize_grads=True)
         direct, v = grads[:len(arch)], grads[len(arch):]
-        eps = self.eps / torch.stack(torch._foreach_norm(v)).norm().clamp_min(torch.finfo(v[0].dtype).tiny)
+        eps = self.eps / torch.stack([g.norm() for g in v]).norm().clamp_min(torch.finfo(v[0].dtype).tiny)
         plus, minus = (torch.autograd.grad(L_train([p.detach() + e * d for p, d in zip(w, v)]), arch, allow_unused=True, materialize_grads=True) for e in (eps, -eps))
         return [d - xi * (p - m) / (2 * eps) for d, p, m in zip(direct, plus, minus)]
