@@ -6,6 +6,7 @@
 __all__ = ['FixedCell', 'MixedCell', 'TooManyStages', 'CellSpace', 'CellNetwork', 'CellSupernet', 'nb201_space']
 
 # %% ../../nbs/space/cells.ipynb #b1328164
+import numpy as np
 import torch
 from torch import nn
 from fastcore.basics import patch
@@ -197,3 +198,31 @@ def nb201_space(in_shape=(3, 32, 32), n_classes=10, C=16, stages=3, cells=5):
 
     `in_shape`: (channels, height, width). `C`: channels of the first stage. Errors as in `CellSpace`."""
     return CellSpace('nb201', NB201_OPS, 4, None, in_shape, n_classes, C, stages, cells)
+
+# %% ../../nbs/space/cells.ipynb #7c3de46e
+@patch
+def position(self: CellSpace, g):
+    "The place of genotype `g` in `enumerate()`, an int from 0; left-out edges are 'none'."
+    number = 0
+    for i in self.indices(g)['cell']: number = number*len(self.op_names) + i
+    return number
+
+@patch
+def at(self: CellSpace, number):
+    "The genotype at `number` in `enumerate()`. ValueError unless 0 <= number < size()."
+    if not 0 <= number < self.size(): raise ValueError(f'number must be from 0 to {self.size() - 1}, got {number}')
+    rows, rest = [], int(number)
+    for _ in self.groups['cell']: rest, i = divmod(rest, len(self.op_names)); rows.append(i)
+    return self._genotype({'cell': rows[::-1]})
+
+@patch
+def table_rows(self: CellSpace, ops):
+    """For every position the row of a table: int array [size], so that row = `table_rows(ops)[position(g)]`.
+
+    `ops`: int array [size, edges], the operation numbers of the table's rows. ValueError unless every cell stands in it once."""
+    ops = np.asarray(ops, dtype=np.int64)
+    if ops.shape != (self.size(), len(self.groups['cell'])): raise ValueError(f'ops must have the shape {(self.size(), len(self.groups["cell"]))}, got {ops.shape}')
+    if ops.min() < 0 or ops.max() >= len(self.op_names): raise ValueError(f'ops must be from 0 to {len(self.op_names) - 1}, got {ops.min()} to {ops.max()}')
+    numbers = ops @ len(self.op_names)**np.arange(ops.shape[1])[::-1]
+    if len(np.unique(numbers)) < len(numbers): raise ValueError(f'ops must hold every cell once, got {len(np.unique(numbers))} different ones in {len(numbers)} rows')
+    return numbers.argsort()

@@ -16,7 +16,7 @@ from ..core.run import seeded
 from ..relax.paths import Paths
 from .core import ArchParams, CellGraph, Choice, Genotype, Space, Supernet
 
-# %% ../../nbs/space/markup.ipynb #478a29dc
+# %% ../../nbs/space/markup.ipynb #a6c4eae8
 class _Now:
     "The weights of the forward pass that is running, or None between two."
     W = active = None
@@ -40,9 +40,12 @@ class OpenChoice(Choice):
         self.path, self.now = path, _Now()
     def __getattr__(self, name):
         try: return super().__getattr__(name)
-        except AttributeError: raise AttributeError(f'{self.__dict__.get("path")!r} is an open choice and has no {name!r}: a network that reads it cannot be marked there') from None
+        except AttributeError:
+            where = self.__dict__.get('path')
+            raise AttributeError(f'{where!r} is an open choice and has no {name!r}: a network that reads it cannot be marked there') from None
     def forward(self, *args, **kwargs):
-        if self.now.W is None: raise RuntimeError(f'{self.path!r} is an open choice between {self.names}: call the network through markup(net, example), or discretize it')
+        if self.now.W is None:
+            raise RuntimeError(f'{self.path!r} is an open choice between {self.names}: call the network through markup(net, example), or discretize it')
         w, active = self.now.W[self.key[0]][..., 0, :], self.now.active[self.key[0]][0]
         if isinstance(active, Paths):                                  # a gate that runs one candidate and asks the others later
             if kwargs or len(args) > 1: raise ValueError(f'{self.path!r}: paths run candidates of one input, got {len(args)} and {sorted(kwargs)}')
@@ -51,7 +54,7 @@ class OpenChoice(Choice):
         modules, parts = tuple(self.ops.values()), w.unbind(-1)
         return _mixed([modules[i](*args, **kwargs) for i in running], [parts[i] for i in running])
 
-# %% ../../nbs/space/markup.ipynb #791b871c
+# %% ../../nbs/space/markup.ipynb #4229dbec
 def _matching(net, path):
     "Paths of the submodules that `path` means, each module once; ValueError with near ones where there is none."
     paths = [p for p, _ in net.named_modules(remove_duplicate=False) if p]
@@ -74,12 +77,13 @@ def _candidate(value, old, several, what):
         if several and any(True for _ in (*value.parameters(), *value.buffers())):
             raise ValueError(f'{what} would be one module in several places; allowed is a function that makes one for each, such as lambda old: nn.Conv2d(...)')
         return copy.deepcopy(value) if several else value
-    if isinstance(value, type) or not callable(value): raise TypeError(f'{what} is {value!r}; allowed are a module (an instance), None for the module that is there, or a function of it')
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f'{what} is {value!r}; allowed are a module (an instance), None for the module that is there, or a function of it')
     made = value(old)
     if not isinstance(made, nn.Module): raise TypeError(f'{what} made {made!r}; allowed is a module')
     return made
 
-# %% ../../nbs/space/markup.ipynb #e3c023e7
+# %% ../../nbs/space/markup.ipynb #dd58eb07
 def _check_name(word, home):
     "ValueError unless `word` can stand in a text and in the dictionary of modules or parameters `home`."
     if not isinstance(word, str) or not re.fullmatch(r'[^\s.,=/]+', word) or word == 'none' or hasattr(home, word):
@@ -103,13 +107,14 @@ def choose(net, path, candidates, name=None):
                 raise ValueError(f'name={group!r}: decided at {m.path!r} between {m.names}, at {p!r} between {tuple(candidates)}; allowed are equal ones')
         ops = {key: _candidate(value, old, len(found) > 1, f'candidates[{key!r}] at {p!r}') for key, value in candidates.items()}
         place = OpenChoice(ops, group, p)
-        if any(isinstance(m, OpenChoice) for op in ops.values() for m in op.modules()): raise ValueError(f'candidates at {p!r}: one holds an open choice; allowed are closed ones')
+        if any(isinstance(m, OpenChoice) for op in ops.values() for m in op.modules()):
+            raise ValueError(f'candidates at {p!r}: one holds an open choice; allowed are closed ones')
         for parent in list(net.modules()):                             # every parent: a module may stand in two places
             for key, child in parent._modules.items():
                 if child is old and parent is not place.ops: parent._modules[key] = place
     return net
 
-# %% ../../nbs/space/markup.ipynb #40d1520b
+# %% ../../nbs/space/markup.ipynb #ae6666e2
 def _places(net): return [m for m in net.modules() if isinstance(m, OpenChoice)]
 
 def _shape(out):
@@ -121,10 +126,12 @@ def _try_all(place, args, kwargs):
     shapes = {}
     for name, op in place.ops.items():
         try: shapes[name] = _shape(op(*args, **kwargs))
-        except Exception as e: raise ValueError(f'candidate {name!r} at {place.path!r} cannot take {", ".join(str(_shape(a)) for a in args)}: {e}') from e
+        except Exception as e:
+            raise ValueError(f'candidate {name!r} at {place.path!r} cannot take {", ".join(str(_shape(a)) for a in args)}: {e}') from e
     (first, want), *rest = shapes.items()
     for name, shape in rest:
-        if shape != want: raise ValueError(f'candidates at {place.path!r} differ in their output: {first!r} gives {want}, {name!r} gives {shape}; allowed are equal shapes')
+        if shape != want:
+            raise ValueError(f'candidates at {place.path!r} differ in their output: {first!r} gives {want}, {name!r} gives {shape}; allowed are equal shapes')
 
 def _walk(net, inputs, visit):
     "The output of `net` in evaluation mode with all first candidates, and the open choices called; `visit(place, args, kwargs)` (or None) at each call."
@@ -140,7 +147,7 @@ def _walk(net, inputs, visit):
         for m, mode in modes: m.training = mode
         now.W = now.active = None
 
-# %% ../../nbs/space/markup.ipynb #a109c741
+# %% ../../nbs/space/markup.ipynb #c4ff6144
 def _renewed(template):
     "A copy of `template` with all weights drawn anew, by the `reset_parameters` of its modules; what has none keeps its values."
     net = copy.deepcopy(template)
@@ -152,9 +159,10 @@ def _renewed(template):
 class MarkedSpace(Space):
     """All networks that the open choices of a network leave open.
 
-    `net`: a network with open choices, or a function that makes one: then `supernet` and `build` have the initial weights of that function, else those of the modules'
-    `reset_parameters`. `example`: a batch of inputs, a tensor [B, ...] or a tuple of them for a `forward` with several inputs.
-    Each decision is a group of one row, an edge 0→1. ValueError for a network without open choices, one that `forward` does not reach, or candidates that do not fit."""
+    `net`: a network with open choices, or a function that makes one: then `supernet` and `build` have the initial weights of that function,
+    else those of the modules' `reset_parameters`. `example`: a batch of inputs, a tensor [B, ...], or a tuple of them where `forward` takes several.
+    Each decision is a group of one row, an edge 0→1. ValueError for a network without open choices, for one that `forward` does not reach, and for
+    candidates that do not fit."""
     def __init__(self, net, example, name='marked'):
         self.inputs = example if isinstance(example, tuple) else (example,)
         if not all(torch.is_tensor(t) and t.dim() > 1 and len(t) == len(self.inputs[0]) > 0 for t in self.inputs):
