@@ -60,6 +60,13 @@ def narrow_chain(make, *args, **kwargs):
     "A chain for pictures of 8 x 8 pixels, with few channels."
     return part(f'space.chains:{make}')(*args, **dict(stem=(4, 1), head=8, in_shape=(1, 8, 8), n_classes=4) | kwargs)
 
+def marked_network():
+    "A user's own network with two open choices of different candidates."
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    choose = part('space.markup:choose')
+    choose(net, '0', {'k3': None, 'k1': lambda old: torch.nn.Sequential(torch.nn.MaxPool2d(3, 1), torch.nn.Conv2d(1, 4, 1)), 'k3twice': torch.nn.Conv2d(1, 4, 3)})
+    return choose(net, '2', {'relu': None, 'identity': torch.nn.Identity()})
+
 SPACES = {
     'nb201': lambda: part('space.cells:nb201_space')(in_shape=(1, 8, 8), n_classes=10, C=4, stages=2, cells=1),
     'own': two_operations,
@@ -70,6 +77,7 @@ SPACES = {
     'proxyless': lambda: narrow_chain('proxyless_chain', (4, 6), (2, 1), (1, 2), (3, 5), (1, 2), first=4),
     'elastic': lambda: narrow_chain('elastic_chain', ((4, 1), (6, 2)), (1, 2), (1, 2), (3,), first=4),
     'width': lambda: part('space.width:WidthSpace')([(2, 4), (3, 5, 8)], (1, 2), (1, 8, 8), 3),
+    'marked': lambda: part('space.markup:MarkedSpace')(marked_network, torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 'marked'),
     'darts': lambda: part('space.darts:darts_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
     'darts-own-cells': lambda: part('space.darts:darts_space')((3, 9, 7), 3, C=2, cells=4, nodes=1, shared=False),
     'gold': lambda: part('space.gold:gold_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),

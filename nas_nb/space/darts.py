@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Place', 'reductions', 'DartsFrame', 'DartsCell', 'DartsMixedCell', 'DartsSpace', 'darts_space', 'TableParams',
-           'DartsSupernet', 'DartsNetwork', 'AuxiliaryHead', 'robust_space']
+           'DartsSupernet', 'DartsNetwork', 'AuxiliaryHead', 'read_literal', 'robust_space']
 
 # %% ../../nbs/space/darts.ipynb #e05e7280
 import ast, itertools, math
@@ -350,7 +350,7 @@ def to_darts(self: DartsSpace, g):
     return f'Genotype({", ".join(parts)})'
 
 # %% ../../nbs/space/darts.ipynb #9784bd9e
-def _literal(node):
+def read_literal(node):
     "The value of a literal or of `range(...)`, from its syntax tree; ValueError for anything else."
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'range' and not node.keywords:
         return range(*map(ast.literal_eval, node.args))
@@ -363,7 +363,7 @@ def from_darts(self: DartsSpace, text):
     ValueError for anything else, and for a cell that this space does not have."""
     try:
         call = ast.parse(text[text.index('Genotype('):].strip(), mode='eval').body
-        fields, edges = {k.arg: _literal(k.value) for k in call.keywords}, {}
+        fields, edges = {k.arg: read_literal(k.value) for k in call.keywords}, {}
         for group in ('normal', 'reduce'):
             pairs, concat, nodes = fields[group], fields[f'{group}_concat'], range(2, self.nodes + 2)
             if not (concat == nodes if isinstance(concat, range) else list(concat) == list(nodes)) or len(pairs) != 2*self.nodes:
