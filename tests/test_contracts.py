@@ -91,7 +91,7 @@ SPACES = {
 def lookup_table(space, seed=0):
     "A made-up price in ms for each operation on each row."
     generator = torch.Generator().manual_seed(seed)
-    return {group: torch.rand(len(rows), len(space.op_names), generator=generator) for group, rows in space.groups.items()}
+    return {group: torch.rand(len(rows), len(space.candidates[group]), generator=generator) for group, rows in space.groups.items()}
 
 def joint_table(space):
     "A made-up price in ms of each whole cell, in which operations interact."
@@ -110,6 +110,7 @@ def predictor_cost(space, mode):
 
 COSTS = {
     'LUTCost': lambda space: part('cost.expected:LUTCost')(lookup_table(space), space, 'ms', constant=.3),
+    'DepthCost': lambda space: part('cost.expected:DepthCost')(lookup_table(space), space, 'ms', constant=.3),
     'Multilinear': lambda space: part('cost.expected:Multilinear')(joint_table(space), space, 'ms'),
     'Affine': lambda space: part('cost.core:Affine')(part('cost.expected:LUTCost')(lookup_table(space), space, 'ms'), 2., .1),
     'Sum': lambda space: (part('cost.expected:LUTCost')(lookup_table(space), space, 'ms')
@@ -139,7 +140,7 @@ def test_space(name): check_space(SPACES[name](), skip=NOT_FOR.get(name, ()))
 
 @pytest.mark.parametrize('name', COSTS)
 def test_cost(name):
-    space = SPACES['mini']()
+    space = SPACES['elastic' if name == 'DepthCost' else 'mini']()
     check_cost(COSTS[name](space), space)
 
 # --- the registries are complete, and the contracts can fail ------------------------------------------------------------------------

@@ -12,11 +12,20 @@ from torch.nn.functional import cross_entropy
 from nas_nb.ops.conv import NB201_OPS
 from nas_nb.relax.choice import Softmax
 from nas_nb.space.cells import CellSpace, nb201_space
+from nas_nb.space.darts import darts_space
+from nas_nb.space.markup import MarkedSpace, choose
 from nas_nb.space.mini import mini_space
+
+def marked():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    choose(net, '0', {'k1': nn.Sequential(nn.MaxPool2d(3, 1), nn.Conv2d(1, 4, 1)), 'k3': None})
+    return choose(net, '2', {'relu': None, 'gelu': nn.GELU()})
 
 SPACES = {
     'nb201': partial(nb201_space, (1, 8, 8), 10, C=4, stages=2, cells=1),
     'mini': mini_space,
+    'darts': partial(darts_space, (1, 8, 8), 10, C=4, cells=3, nodes=2),
+    'marked': lambda: MarkedSpace(marked, torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 'marked'),
     'own': partial(CellSpace, 'own', {k: NB201_OPS[k] for k in ('nor_conv_1x1', 'nor_conv_3x3')}, nodes=3, in_shape=(3, 6, 6), n_classes=3, C=4, stages=1),
 }
 CASES = [(name, how) for name in SPACES for how in ('inside', 'outside', 'one path')]
@@ -33,8 +42,8 @@ def weights(space, net, how):
     "What is given to `forward`: nothing (softmax inside), relaxed weights with a gradient, or the one-hot weights of one network."
     if how == 'inside': return None
     if how == 'outside': return net.arch.weights(Softmax(), t=.7)
-    return {group: torch.eye(len(space.op_names), dtype=torch.float64)[[(2*row + 1) % len(space.op_names) for row in range(len(edges))]]
-            for group, edges in space.groups.items()}
+    sizes = {group: (len(edges), len(space.candidates[group])) for group, edges in space.groups.items()}
+    return {group: torch.eye(n, dtype=torch.float64)[[(2*row + 1) % n for row in range(rows)]] for group, (rows, n) in sizes.items()}
 
 def batch(space):
     x = torch.randn(BATCH, *space.in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
