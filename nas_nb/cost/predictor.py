@@ -46,9 +46,10 @@ def encode(space, W, live=True):
     that reach no output do; False, the weights as they are."""
     if live not in LIVE: raise ValueError(f"live={live!r}: allowed are True, 'read' and False")
     if isinstance(W, Genotype): W = space.one_hot(W)
-    none, parts = space.op_names.index(NONE) if NONE in space.op_names else None, []
+    parts = []
     for group, edges in space.groups.items():
-        w = W[group]
+        w, own = W[group], space.candidates[group]
+        none = own.index(NONE) if NONE in own else None
         if live:
             w = w*_live_probability(w, edges, *space.ends[group], none, live is True)[..., None]
             if none is not None:
@@ -61,7 +62,8 @@ def encode(space, W, live=True):
 def _encode_all(space, genotypes, live):
     "Encodings [n, d] of many genotypes at once."
     rows = [space.indices(g) for g in genotypes]
-    return encode(space, {group: torch.eye(len(space.op_names))[torch.tensor([r[group] for r in rows])] for group in space.groups}, live)
+    W = {group: torch.eye(len(names))[torch.tensor([r[group] for r in rows])] for group, names in space.candidates.items()}
+    return encode(space, W, live)
 
 # %% ../../nbs/cost/predictor.ipynb #a0dd6fb5
 def _all_weights(space):
@@ -294,7 +296,7 @@ class PredictorCost(Cost):
     def __init__(self, fit, space, mode='exact', n=8, generator=None):
         if mode not in MODES: raise ValueError(f'mode={mode!r}: allowed are {", ".join(MODES)}')
         check_whole('n', n, least=1)
-        d = sum(len(e) for e in space.groups.values())*len(space.op_names)
+        d = sum(len(e)*len(space.candidates[g]) for g, e in space.groups.items())
         if fit.meta['space'] != space.name or fit.meta['op_names'] != list(space.op_names) or fit.model.d != d:
             raise ValueError(f"space {space.name!r} with {', '.join(space.op_names)}: the fit belongs to {fit.meta['space']!r} with "
                              f"{', '.join(fit.meta['op_names'])}")
