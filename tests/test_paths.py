@@ -117,3 +117,18 @@ def test_noise_of_each_samples_own():
     together = net(x, W)
     for i in range(8): torch.testing.assert_close(net(x[i:i+1], {'cell': W['cell'][i]})[0], together[i], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="'cell'"): net(x[:5], W)
+
+def test_pairs_settle_where_operations_are_forbidden():
+    "A space whose rows allow different operations: forbidden ones are never drawn nor heard, and a search moves no other probability."
+    from nas_nb.core.data import load_task
+    from nas_nb.search.driver import Budget, Plugin, run_search
+    from nas_nb.space.darts import robust_space
+    space = robust_space('s1', (1, 8, 8), 10, C=2, cells=3)
+    class Look(Plugin):
+        def epoch_start(self, s): self.old = {k: s.net.arch[k].detach().softmax(-1) for k in s.net.arch.groups}
+        def after_a(self, s):
+            for k, old in self.old.items():
+                heard, new = s.W[k].paths[1], s.net.arch[k].detach().softmax(-1)
+                assert not (heard & (old == 0)).any() and (old - new)[~heard].abs().max() < 3e-7 and not torch.equal(old, new)
+            self.epoch_start(s)
+    run_search(space.supernet(0), load_task('digits', limit=80), relax=BinaryGate('two'), budget=Budget(2, 16), plugins=[Look()])

@@ -65,7 +65,7 @@ def open_paths(w):
     return [Paths([i for i, u in enumerate(used) if u], [i for i, (u, h) in enumerate(zip(used, heard)) if h and not u], mode)
             for used, heard in zip(*both.tolist())]
 
-# %% ../../nbs/relax/paths.ipynb #33e3a884
+# %% ../../nbs/relax/paths.ipynb #ff6695e9
 def _extra(op):
     "What the modules in `op` keep beside parameters and buffers: (module, state) pairs."
     return [(m, m.get_extra_state()) for m in op.modules() if type(m).get_extra_state is not torch.nn.Module.get_extra_state]
@@ -81,7 +81,8 @@ class _Asked:
         op, (parameters, extra) = self.ops[i], self.used[i]
         enabled, dtype = self.autocast
         present = _extra(op)
-        with torch.no_grad(), torch.random.fork_rng(self.cuda), torch.autocast(self.kind, dtype, enabled=enabled):
+        # autocast keeps no casts made here: they have no graph, and the operation may run with one in the same context
+        with torch.no_grad(), torch.random.fork_rng(self.cuda), torch.autocast(self.kind, dtype, enabled, cache_enabled=False):
             torch.set_rng_state(self.random[0])
             for device, state in zip(self.cuda, self.random[1:]): torch.cuda.set_rng_state(state, device)
             for m, state in extra: m.set_extra_state(state)

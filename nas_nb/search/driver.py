@@ -137,9 +137,9 @@ def call(s: SearchState, hook: str):
 @patch
 def arch_done(s: SearchState, grads):
     settle = getattr(s.relax, 'settle_', None)             # pairs of binary gates: the other probabilities are not to move
-    before = {k: s.net.arch[k].detach().clone() for k in s.net.arch.groups} if settle else {}
+    before = {k: a.detach().clone() for k, a in s.net.arch.logits.items()} if settle else {}
     s.constraint.update(s, grads)
-    for k, old in before.items(): settle(s.net.arch[k], old, s.W[k], s.values['temperature'])
+    for k, old in before.items(): settle(s.net.arch.logits[k], old, s.W[k], s.values['temperature'])
     s.constraint.after_arch(s)
     s.call('after_a')
 

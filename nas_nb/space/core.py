@@ -115,8 +115,8 @@ class ArchParams(nn.Module):
 
         `samples` B: [B, rows, n_ops], every sample of a batch with noise of its own. Default: one draw [rows, n_ops] for all."""
         if samples is not None and not (isinstance(samples, int) and samples > 0): raise ValueError(f'samples must be an integer >= 1, got {samples!r}')
-        logits = {name: p if samples is None else p.expand(samples, *p.shape) for name, p in self.logits.items()}
-        return {name: relax(p, t=t, training=training, generator=generator) for name, p in logits.items()}
+        logits = {name: self[name] if samples is None else self[name].expand(samples, *shape) for name, shape in self.groups.items()}
+        return {name: relax(alpha, t=t, training=training, generator=generator) for name, alpha in logits.items()}
 
 # %% ../../nbs/space/core.ipynb #11ab51d3
 def active_operations(w):

@@ -208,8 +208,6 @@ class TableParams(ArchParams):
         for g, rows in space.table.items():
             self.register_buffer(f'forbidden_{g}', torch.tensor([[n not in row for n in space.candidates[g]] for row in rows]), persistent=False)
     def __getitem__(self, name): return self.logits[name].masked_fill(getattr(self, f'forbidden_{name}'), -math.inf)
-    def weights(self, relax, t=1., training=True, generator=None):
-        return {name: relax(self[name], t=t, training=training, generator=generator) for name in self.groups}
 
 class DartsSupernet(Supernet):
     "The supernet of a `DartsSpace`: `cells` are `DartsMixedCell`s whose operations have batch norm without scale and shift."
