@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['RNN_OPS', 'Highway', 'RecurrentSpace', 'darts_rnn_space', 'RecurrentFrame', 'RecurrentSupernet', 'RecurrentNetwork']
 
-# %% ../../nbs/space/recurrent.ipynb #d7e5023b
-import ast, math
-import numpy as np
+# %% ../../nbs/space/recurrent.ipynb #a3101553
+import ast
 import torch
 from torch import nn
 from fastcore.basics import patch
 from ..core.run import check_whole, seeded
-from .core import NONE, ArchParams, CellGraph, Choice, Genotype, Space, Supernet
+from .core import NONE, ArchParams, Choice, Space, Supernet
 from .darts import DartsSpace, read_literal
 
 # %% ../../nbs/space/recurrent.ipynb #79a07d74
