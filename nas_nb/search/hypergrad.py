@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 # %% ../../nbs/search/hypergrad.ipynb #2096aefa
 class HyperGrad:
-    "Estimates the gradient of the validation loss in the architecture. Subclasses override `__call__`, and the rest where they keep a state."
+    "Estimates the architecture's gradient of the validation loss. Subclasses override `__call__`, and the rest where they keep a state."
     def start(self, s) -> None:
-        "Called once before the search with the driver's state `s`, before a checkpoint is loaded; may set `s.steps`, the updates of one step."
+        "Called once before the search, before a checkpoint is loaded, with the driver's state `s`; may set `s.steps`."
 
     def __call__(self, L_val: Callable[..., Tensor], L_train: Callable[..., Tensor], w: list[Tensor], arch: list[Tensor],
                  xi: float, w_opt: torch.optim.Optimizer) -> list[Tensor]:
@@ -37,7 +37,7 @@ class FirstOrder(HyperGrad):
     def __call__(self, L_val, L_train, w, arch, xi, w_opt):
         return list(torch.autograd.grad(L_val(), arch, allow_unused=True, materialize_grads=True))
 
-# %% ../../nbs/search/hypergrad.ipynb #81a82e29
+# %% ../../nbs/search/hypergrad.ipynb #eca5b466
 class _Frame(nn.Module):
     "A module whose forward pass is any function; what it holds can be exchanged for its duration."
     def __init__(self, net):
@@ -52,8 +52,8 @@ def with_tensors(net: nn.Module, tensors: dict, f: Callable):
     return functional_call(_Frame(net), {f'net.{name}': tensor for name, tensor in tensors.items()}, (f,))
 
 def closure(net: nn.Module, w: list[Tensor], f: Callable):
-    """The loss `f` of `net` as a hypergradient wants it: `closure()` is `f()`; `closure(other)` is `f()` with the tensors `other` in the place
-    of the parameters `w` of `net`, a list in the order of `w` or a dict by name, which may hold buffers too."""
+    """The loss `f` of `net` as a hypergradient wants it: `closure()` is `f()`; `closure(other)` is `f()` with the tensors `other` in
+    the place of the parameters `w` of `net`, a list in the order of `w` or a dict by name, which may hold buffers too."""
     def loss(other=None):
         if other is None: return f()
         if not isinstance(other, dict):
@@ -62,7 +62,7 @@ def closure(net: nn.Module, w: list[Tensor], f: Callable):
         return with_tensors(net, other, f)
     return loss
 
-# %% ../../nbs/search/hypergrad.ipynb #73b9d4d8
+# %% ../../nbs/search/hypergrad.ipynb #3c041915
 def sgd_step(w, grads, buffers, xi, decay=0., momentum=0.):
     """One step of SGD that changes nothing: `(new weights, new momentum buffers)`, lists of tensors, differentiable in all that came in.
 
@@ -80,22 +80,24 @@ def sgd_settings(w_opt) -> dict:
     "`decay` and `momentum` of an SGD optimizer with one group, {} for None (plain descent). ValueError for another optimizer or variant."
     if w_opt is None: return {}
     group = w_opt.param_groups[0]
-    plain = type(w_opt) is torch.optim.SGD and len(w_opt.param_groups) == 1 and not (group['nesterov'] or group['dampening'] or group['maximize'])
-    if not plain: raise ValueError(f'w_opt={w_opt!r}: allowed is torch.optim.SGD with one group, without nesterov, dampening and maximize')
+    variant = any(group.get(name) for name in ('nesterov', 'dampening', 'maximize'))
+    if variant or type(w_opt) is not torch.optim.SGD or len(w_opt.param_groups) > 1:
+        raise ValueError(f'w_opt={w_opt!r}: allowed is torch.optim.SGD with one group, without nesterov, dampening and maximize')
     return dict(decay=group['weight_decay'], momentum=group['momentum'])
 
-# %% ../../nbs/search/hypergrad.ipynb #b20d8058
+# %% ../../nbs/search/hypergrad.ipynb #22f79885
 class Unrolled(HyperGrad):
     """The gradient through the weights' next `steps` updates on this step's batch, as `w_opt` (SGD) does them, without clipping.
 
-    `mode`: 'fd' (default; finite differences, one step only) or 'exact' (double backward). `xi`: size of the step, 'lr' (the weights' learning
-    rate, default) or a number >= 0. `eps`: length of the shift of the weights in 'fd'. ValueError for other values.
+    `mode`: 'fd' (default; finite differences, one step only) or 'exact' (double backward). `xi`: size of the step, 'lr' (the weights'
+    learning rate, default) or a number >= 0. `eps`: length of the shift of the weights in 'fd'. ValueError for other values.
     Source: DARTS (arXiv 1806.09055), equations 7 and 8."""
     def __init__(self, mode='fd', steps=1, xi='lr', eps=0.01):
         if mode not in ('fd', 'exact'): raise ValueError(f"mode={mode!r}: allowed are 'fd' and 'exact'")
         if not isinstance(steps, int) or steps < 1 or (mode == 'fd' and steps > 1):
             raise ValueError(f"steps={steps!r} with mode={mode!r}: allowed is a whole number of at least 1, and 1 for 'fd'")
-        if xi != 'lr' and not (isinstance(xi, (int, float)) and 0 <= xi < float('inf')): raise ValueError(f"xi={xi!r}: allowed are 'lr' and a finite number of at least 0")
+        if xi != 'lr' and not (isinstance(xi, (int, float)) and 0 <= xi < float('inf')):
+            raise ValueError(f"xi={xi!r}: allowed are 'lr' and a finite number of at least 0")
         if not 0 < eps < float('inf'): raise ValueError(f'eps={eps!r}: allowed is a finite number above 0')
         self.mode, self.steps, self.xi, self.eps = mode, steps, xi, eps
 
@@ -118,5 +120,6 @@ class Unrolled(HyperGrad):
         grads = torch.autograd.grad(L_val(ahead), [*arch, *ahead], allow_unused=True, materialize_grads=True)
         direct, v = grads[:len(arch)], grads[len(arch):]
         eps = self.eps / torch.stack([g.norm() for g in v]).norm().clamp_min(torch.finfo(v[0].dtype).tiny)
-        plus, minus = (torch.autograd.grad(L_train([p.detach() + e * d for p, d in zip(w, v)]), arch, allow_unused=True, materialize_grads=True) for e in (eps, -eps))
+        shifted = lambda e: L_train([p.detach() + e * d for p, d in zip(w, v)])
+        plus, minus = (torch.autograd.grad(shifted(e), arch, allow_unused=True, materialize_grads=True) for e in (eps, -eps))
         return [d - xi * (p - m) / (2 * eps) for d, p, m in zip(direct, plus, minus)]
