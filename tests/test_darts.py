@@ -67,7 +67,7 @@ def test_weights_of_each_sample_are_those_of_the_sample(name):
     torch.testing.assert_close(together, alone, atol=1e-8, rtol=1e-6)      # an operation that only another sample wants adds exactly 0
 
 def test_published_networks():
-    "DARTS's first-order cells: the public code prints 3.169414 million parameters for its evaluation network."
+    "DARTS's first-order cells: 3,169,414 parameters in its evaluation network, the auxiliary head not counted."
     space = darts_space()
     v1 = ("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 1), "
           "('sep_conv_3x3', 0), ('skip_connect', 2)], normal_concat=[2, 3, 4, 5], reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), "
