@@ -186,11 +186,16 @@ class MarkedSpace(Space):
         "The decisions with their candidates, and the shapes, for JSON."
         return dict(name=self.name, candidates={g: list(c) for g, c in self.candidates.items()}, in_shape=list(self.in_shape), n_classes=self.n_classes)
 
-# %% ../../nbs/space/markup.ipynb #0abb1b87
+# %% ../../nbs/space/markup.ipynb #207f199e
+@patch
+def answers(self: MarkedSpace, g):
+    "What genotype `g` chooses, decision -> candidate."
+    return {group: self.candidates[group][i] for group, (i,) in self.indices(g).items()}
+
 @patch
 def to_str(self: MarkedSpace, g):
     "'decision=candidate, ...', in the order of the decisions."
-    return ', '.join(f'{group}={self.candidates[group][i]}' for group, (i,) in self.indices(g).items())
+    return ', '.join(f'{group}={candidate}' for group, candidate in self.answers(g).items())
 
 @patch
 def from_str(self: MarkedSpace, text):
@@ -198,12 +203,12 @@ def from_str(self: MarkedSpace, text):
     pairs = [part.strip().split('=') for part in str(text).split(',')]
     if any(len(p) != 2 for p in pairs) or sorted(p[0] for p in pairs) != sorted(self.groups):
         raise ValueError(f"text must be 'decision=candidate, ...' with each of {', '.join(self.groups)} once, got {text!r}")
-    answers = dict(pairs)
-    g = Genotype(self.name, tuple(CellGraph(group, *self.ends[group], ((0, 1, answers[group]),)) for group in self.groups))
+    chosen = dict(pairs)
+    g = Genotype(self.name, tuple(CellGraph(group, *self.ends[group], ((0, 1, chosen[group]),)) for group in self.groups))
     self.indices(g)
     return g
 
-# %% ../../nbs/space/markup.ipynb #7a8805c6
+# %% ../../nbs/space/markup.ipynb #2c2e617a
 def _closed(net, chosen):
     "A copy of `net` in which each open choice is a copy of its candidate `chosen[decision]`."
     memo = {}
@@ -214,6 +219,7 @@ class MarkedSupernet(Supernet):
     "The supernet of a `MarkedSpace` around `net`, which has open choices. `forward(x, W=None)`: x as the network takes it, a tuple for several inputs."
     def __init__(self, space, net, generator=None):
         super().__init__(space, ArchParams({g: (1, len(c)) for g, c in space.candidates.items()}, generator=generator))
+        if (first := next(net.parameters(), None)) is not None: self.arch.to(first.device)     # a network marked on a GPU stays there
         self.net, self.now = net, _Now()
         for p in _places(net): p.now = self.now
     def compute(self, x, W, active):
@@ -223,13 +229,8 @@ class MarkedSupernet(Supernet):
     def discretize(self, g, copy_weights=True):
         "The network of genotype `g`, of the class that was marked: `copy_weights` with copies of the weights, else initialised with seed 0."
         if copy_weights: return _closed(self.net, self.space.answers(g))
-        like = next(self.net.parameters())
+        like = next(self.arch.parameters())
         return self.space.build(g).to(like.device, like.dtype).train(self.training)
-
-@patch
-def answers(self: MarkedSpace, g):
-    "What genotype `g` chooses, decision -> candidate."
-    return {group: self.candidates[group][i] for group, (i,) in self.indices(g).items()}
 
 # %% ../../nbs/space/markup.ipynb #5ff8979f
 @patch
