@@ -118,6 +118,39 @@ def test_noise_of_each_samples_own():
     for i in range(8): torch.testing.assert_close(net(x[i:i+1], {'cell': W['cell'][i]})[0], together[i], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="'cell'"): net(x[:5], W)
 
+def test_every_registered_space_runs_gated():
+    "In float64, over three draws: loss and gradients of all logits and of all that ran are those of the plain sum."
+    from test_contracts import SPACES as registered
+    for name, make in registered.items():
+        net = make().supernet(0).double().train()
+        x, start, heard = net.space.example(6), {k: v.clone() for k, v in net.state_dict().items()}, 0.
+        if x.is_floating_point(): x = x.double()
+        for seed in range(3):
+            found = []
+            for mode, plain in (('full', True), ('full', False), ('recompute', False)):
+                net.load_state_dict(start)
+                W = draw(net, mode, seed)
+                loss = net(x, unmark(W) if plain else W).pow(2).mean()
+                found.append((loss.detach(), torch.autograd.grad(loss, [*net.arch_parameters(), *net.weight_parameters()], allow_unused=True)))
+            (loss, grads), *gated = found
+            heard += sum(float(g.abs().sum()) for g in grads[:len(net.arch_parameters())] if g is not None)
+            for other, theirs in gated:
+                torch.testing.assert_close(other, loss, rtol=1e-12, atol=1e-12, msg=name)
+                for g, h in zip(grads, theirs):
+                    if g is None or h is None: assert all(v is None or not v.any() for v in (g, h)), name; continue
+                    torch.testing.assert_close(h, g, rtol=1e-8, atol=1e-12, msg=name)
+        assert heard > 0, name
+
+def test_the_fast_supernet_runs_gates_as_the_plain_one():
+    from nas_nb.space.fast import accelerate
+    plain, quick = SPACES['nb201']().supernet(0).double().train(), accelerate(SPACES['nb201']().supernet(0).double().train())
+    for seed in range(3):
+        (a, ga), (b, gb) = (gradients(net, draw(net, 'recompute', seed)) for net in (plain, quick))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        for g, h in zip(ga, gb):
+            assert (g is None) == (h is None)
+            if g is not None: torch.testing.assert_close(h, g, rtol=1e-8, atol=1e-12)
+
 def test_pairs_settle_where_operations_are_forbidden():
     "A space whose rows allow different operations: forbidden ones are never drawn nor heard, and a search moves no other probability."
     from nas_nb.core.data import load_task

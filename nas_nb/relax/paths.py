@@ -72,12 +72,14 @@ def _extra(op):
 
 class _Asked:
     "Calls `ops[i](x)` for i in `others` at any later time as if it were now, without gradients, and leaves no trace."
-    def __init__(self, ops, others, device):
-        self.ops, self.kind, self.cuda = ops, device.type, [device] if device.type == 'cuda' else []
+    def __init__(self, ops, others, x):
+        self.ops, self.several = ops, isinstance(x, tuple)
+        device = (x[0] if self.several else x).device
+        self.kind, self.cuda = device.type, [device] if device.type == 'cuda' else []
         self.random = torch.get_rng_state(), *map(torch.cuda.get_rng_state, self.cuda)
         self.autocast = torch.is_autocast_enabled(self.kind), torch.get_autocast_dtype(self.kind)
         self.used = {i: (dict(ops[i].named_parameters()), _extra(ops[i])) for i in others}
-    def __call__(self, i, x):
+    def __call__(self, i, *x):
         op, (parameters, extra) = self.ops[i], self.used[i]
         enabled, dtype = self.autocast
         present = _extra(op)
@@ -86,7 +88,7 @@ class _Asked:
             torch.set_rng_state(self.random[0])
             for device, state in zip(self.cuda, self.random[1:]): torch.cuda.set_rng_state(state, device)
             for m, state in extra: m.set_extra_state(state)
-            try: return functional_call(op, parameters | {name: b.clone() for name, b in op.named_buffers()}, (x,))
+            try: return functional_call(op, parameters | {name: b.clone() for name, b in op.named_buffers()}, (x,) if self.several else x)
             finally:
                 for m, state in present: m.set_extra_state(state)
 
@@ -99,36 +101,36 @@ def _inner(a, b, w):
 class _Ask(torch.autograd.Function):
     "y, unchanged; in the backward pass dL/dw_j = <dL/dy, o_j(x)> for the operations j that did not run."
     @staticmethod
-    def forward(ctx, y, w, x, asked, others):
-        ctx.save_for_backward(x, w)
+    def forward(ctx, y, w, asked, others, *x):
+        ctx.save_for_backward(w, *x)
         ctx.asked, ctx.others = asked, others
         return y.view_as(y)
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             raise RuntimeError('operations that did not run have no second derivative (create_graph=True): use a mixture of them all')
-        x, w = ctx.saved_tensors
+        w, *x = ctx.saved_tensors
         dw = torch.zeros_like(w)
-        for j in ctx.others: dw[..., j] = _inner(grad, ctx.asked(j, x), w)
-        return grad, dw, None, None, None
+        for j in ctx.others: dw[..., j] = _inner(grad, ctx.asked(j, *x), w)
+        return grad, dw, None, None, *[None]*len(x)
 
 # %% ../../nbs/relax/paths.ipynb #e67816ca
 def path_sum(ops, x, w, paths=None):
-    """sum_i w_i o_i(x) with one running path: x [B, ...] -> the shape of the operations' outputs.
+    """sum_i w_i o_i(x) with one running path: x [B, ...], or a tuple of such -> the shape of the operations' outputs.
 
     `ops`: modules (a sequence or a ModuleDict). `w`: [n], or [B, n] for weights of each sample's own, from a `BinaryGate`.
     `paths`: a `Paths`, by default read from the mark of `w`. What is in `paths.others` has weight 0: it adds nothing to y, and its
-    parameters get no gradient. An operation with `is_zero` is not called. ValueError where `w` has another length or neither mark nor `paths`."""
+    parameters get no gradient. An operation with `is_zero` is not called. ValueError where `w` has another length, or no mark and no `paths`."""
     ops = tuple(ops.values() if isinstance(ops, torch.nn.ModuleDict) else ops)
     if w.shape[-1] != len(ops): raise ValueError(f'w must hold {len(ops)} weights, one for each operation, got shape {tuple(w.shape)}')
     if paths is None: paths = _own_paths(w)
     zero = [getattr(op, 'is_zero', False) for op in ops]
     run, others = ([i for i in which if not zero[i]] for which in (paths, paths.others))
-    asked = _Asked(ops, others, x.device) if others else None
+    asked, inputs = _Asked(ops, others, x) if others else None, x if isinstance(x, tuple) else (x,)
     outputs = [(i, ops[i](x)) for i in run]
-    if paths.mode == 'full': outputs += [(j, asked(j, x)) for j in others]
-    y = _weighted(outputs, w) if outputs else (ops[zero.index(True)](x) if any(zero) else torch.zeros_like(x))
-    return y if paths.mode == 'full' or not others else _Ask.apply(y, w, x.detach(), asked, others)
+    if paths.mode == 'full': outputs += [(j, asked(j, *inputs)) for j in others]
+    y = _weighted(outputs, w) if outputs else (ops[zero.index(True)](x) if any(zero) else torch.zeros_like(inputs[0]))
+    return y if paths.mode == 'full' or not others else _Ask.apply(y, w, asked, others, *(v.detach() for v in inputs))
 
 def _own_paths(w):
     "The `Paths` of one choice with weights [n] or [B, n]."

@@ -151,13 +151,15 @@ class ChainSupernet(Supernet):
 @patch
 def run_stage(self: ChainSupernet, x, blocks, depth, depths, W, active):
     "The output of one stage; `depth`: the group that weighs `depths`, or None."
-    wanted = {depths[i]: i for i in active[depth][0] or (0,)} if depth else {}
+    others = getattr(active[depth][0], 'others', ()) if depth else ()       # depths that binary gates did not draw: asked, without a graph
+    wanted = {depths[i]: i for i in (*active[depth][0], *others) or (0,)} if depth else {}
     total = None
     for d, group in enumerate(blocks[:max(wanted, default=None)], 1):
         x = self.choices[group](x, W[group].select(-2, 0), active[group][0])
         if d not in wanted: continue
         part = W[depth].select(-2, 0)[..., wanted[d]]
-        y = x*(part if part.dim() == 0 else part.view(-1, *[1]*(x.dim() - 1)))      # a weight for each sample
+        y = x.detach() if wanted[d] in others else x
+        y = y*(part if part.dim() == 0 else part.view(-1, *[1]*(x.dim() - 1)))      # a weight for each sample
         total = y if total is None else total + y
     return x if total is None else total
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..core.run import check_whole
 from ..ops.conv import AvgPool, PoolBN, ReLUConvBN, Skip
 from ..ops.separable import DilConv, MaxPoolBN, SepConv
+from ..relax.paths import Paths
 from .cells import MixedCell
 from .darts import DartsMixedCell
 
@@ -211,14 +212,14 @@ def _walk(cell, h, w, active):
 class FastMixedCell(MixedCell):
     "`MixedCell`, source by source."
     def forward(self, x, w, active):
-        if not self.training or w.dim() == 3: return super().forward(x, w, active)
+        if not self.training or w.dim() == 3 or any(isinstance(on, Paths) for on in active): return super().forward(x, w, active)
         h = _walk(self, [x.contiguous(memory_format=_CL)] + [None]*(self.nodes - 1), w, active)
         return torch.zeros_like(x) if h[-1] is None else h[-1]
 
 class FastDartsMixedCell(DartsMixedCell):
     "`DartsMixedCell`, source by source."
     def forward(self, s0, s1, w, active):
-        if not self.training or w.dim() == 3: return super().forward(s0, s1, w, active)
+        if not self.training or w.dim() == 3 or any(isinstance(on, Paths) for on in active): return super().forward(s0, s1, w, active)
         return self.join(_walk(self, self.start(s0, s1), w, active))
 
 # %% ../../nbs/space/fast.ipynb #ea3f97d8
