@@ -53,8 +53,8 @@ class MBConv(nn.Module):
 
     `kernel`: odd, of the depthwise convolution. `expansion`: channels in the middle, as a multiple of C_in; None leaves the first
     convolution out. `groups`: of both pointwise convolutions, with a channel shuffle between them. `se`: ratio of the squeeze-excitation, 0
-    for none. `affine`: batch norms with scale and shift. `activation`: factory, after the first two convolutions. ValueError for other values.
-    Source: Sandler et al., MobileNetV2 (CVPR 2018); groups as in Wu et al., FBNet (CVPR 2019)."""
+    for none. `affine`: batch norms with scale and shift. `activation`: factory, after the first two convolutions.
+    ValueError for other values. Source: Sandler et al., MobileNetV2 (CVPR 2018); groups as in Wu et al., FBNet (CVPR 2019)."""
     def __init__(self, C_in, C_out, kernel=3, stride=1, expansion=6, groups=1, se=0., affine=True, activation=nn.ReLU6):
         super().__init__()
         _check_block(C_in, C_out, kernel, stride, expansion, groups, se)
@@ -84,7 +84,8 @@ def multiply_adds(module, in_shape):
 def mbconv(kernel, expansion, groups=1, se=0., activation=nn.ReLU6):
     """A factory `make(C_in, C_out, stride=1, affine=True)` of `MBConv`.
 
-    Its `__name__` says kernel, expansion, groups and ratio in percent: 'k3_e6', 'k5_e1_g2', 'k3_e4_se25'."""
+    Its `__name__` says kernel, expansion (0 for None, 'p' for a decimal point), groups and ratio in percent: 'k3_e6', 'k5_e1_g2',
+    'k3_e4_se25'."""
     def make(C_in, C_out, stride=1, affine=True): return MBConv(C_in, C_out, kernel, stride, expansion, groups, se, affine, activation)
     name = f'k{kernel}_e{expansion or 0}' + (f'_g{groups}' if groups > 1 else '') + (f'_se{round(100*se)}' if se else '')
     make.__name__ = make.__qualname__ = name.replace('.', 'p')

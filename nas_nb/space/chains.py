@@ -261,7 +261,11 @@ def table(self: ChainSpace, count=multiply_adds, device='meta'):
 
 @patch
 def expected(self: ChainSpace, W, table, constant=0.):
-    "The mean cost, a scalar tensor, of `table` (as `table()` gives it) plus `constant`, every group of `W` [1, n_ops] drawn independently."
+    """The mean cost, a scalar tensor, of `table` (as `table()` gives it) plus `constant`, each group of `W` [1, n_ops] drawn by itself.
+
+    ValueError for weights of another shape, such as rows of each sample's own: average those first."""
+    for group, t in table.items():
+        if W[group].shape != t.shape: raise ValueError(f'W[{group!r}] must be weights {tuple(t.shape)}, got shape {tuple(W[group].shape)}')
     total = constant
     for (blocks, depth), s in zip(self.plan, self.stages):
         upto = torch.stack([(W[b]*table[b].to(W[b])).sum() for b in blocks]).cumsum(0)

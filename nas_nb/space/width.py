@@ -167,7 +167,12 @@ def from_str(self: WidthSpace, text):
 # %% ../../nbs/space/width.ipynb #ba59cd17
 @patch
 def expected(self: WidthSpace, W):
-    "The mean number of multiply-adds, a scalar tensor, when each group of `W` [1, n_widths] is drawn independently. Exact."
+    """The mean number of multiply-adds, a scalar tensor, when each group of `W` [1, n_widths] is drawn independently. Exact.
+
+    ValueError for weights of another shape, such as rows of each sample's own."""
+    for group, own in zip(self.groups, self.widths):
+        if W[group].shape != (1, len(own)):
+            raise ValueError(f'W[{group!r}] must be weights {(1, len(own))}, got shape {tuple(W[group].shape)}')
     total, before, (_, h, w) = 0., self.in_shape[0], self.in_shape
     for (group, stride), own in zip(zip(self.groups, self.strides), self.widths):
         h, w, mean = -(-h//stride), -(-w//stride), (W[group][0]*torch.tensor(own).to(W[group])).sum()
