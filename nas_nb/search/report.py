@@ -29,7 +29,7 @@ def _pays(report):
     if not gains: return None, 'no second network was found'
     kept = [g for g in gains if g[1] <= .02 + 1e-9]
     speed, loss, name = max(kept or gains)
-    return bool(kept) and speed >= .2, f'{name} takes {100*speed:.0f} % less time than λ = 0 and loses {100*loss:.1f} points of test accuracy'
+    return bool(kept) and speed >= .2, f'{name} takes {100*speed:.0f} % less time than λ = 0; its test accuracy is {-100*loss:+.1f} points from that'
 
 def equal_latency(report, tolerance=.1):
     "The random networks (rows of `report['random']`) of the role 'equal latency' whose measured latency is within the share `tolerance` of the winner's."
