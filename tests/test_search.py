@@ -182,11 +182,12 @@ def mini(): return replace(mini_task(), train=mini_task().train.subset(range(120
 
 @pytest.mark.parametrize('name', HYPER)
 def test_a_search_with_any_hypergradient_resumes_bitwise(name, mini, tmp_path):
-    run = lambda kill, **k: run_search(mini_space().supernet(2), mini, hyper=HYPER[name](), relax=Gumbel(), plugins=[KillIn(kill)], budget=BUDGET, seed=2, **k)
+    common = dict(relax=Gumbel(), budget=BUDGET, seed=2)
+    run = lambda kill, **k: run_search(mini_space().supernet(2), mini, hyper=HYPER[name](), plugins=[KillIn(kill)], **common, **k)
     whole = run(99)
     with pytest.raises(Killed): run(1, ckpt=tmp_path)
     same(whole, run(99, ckpt=tmp_path, resume=True))
-    first = run_search(mini_space().supernet(2), mini, relax=Gumbel(), plugins=[KillIn(99)], budget=BUDGET, seed=2)
+    first = run_search(mini_space().supernet(2), mini, plugins=[KillIn(99)], **common)
     assert not torch.equal(whole.state.a[0], first.state.a[0])                # it is not first order under another name
 
 @pytest.mark.parametrize('name', HYPER)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Split']
 
-# %% ../../nbs/search/rarts.ipynb #5aa16433
+# %% ../../nbs/search/rarts.ipynb #5ca60f2f
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..relax.core import Constant, Schedule
 from .driver import arch_step
-from .hypergrad import HyperGrad, with_tensors
+from .hypergrad import HyperGrad, constants, with_tensors
 
-# %% ../../nbs/search/rarts.ipynb #ca175caf
+# %% ../../nbs/search/rarts.ipynb #9e09b2a3
 class Split(HyperGrad):
     """RARTS: the network's weights `w` on the training loss, a copy `y` on the validation loss, pulled together; the architecture on both.
 
@@ -43,7 +43,8 @@ class Split(HyperGrad):
         return [self.beta * (p - q).detach() + (0. if g is None else weight * g) for g, p, q in zip(grads, mine, other)]
 
     def __call__(self, L_val, L_train, w, arch, xi, w_opt):
-        val, train = (torch.autograd.grad(loss, arch, allow_unused=True, materialize_grads=True) for loss in (L_val(self.y), L_train()))
+        with constants([*w, *self.y]):
+            val, train = (torch.autograd.grad(loss, arch, allow_unused=True, materialize_grads=True) for loss in (L_val(self.y), L_train()))
         return [v + self.lam * t for v, t in zip(val, train)]
 
 # %% ../../nbs/search/rarts.ipynb #a1de398e
