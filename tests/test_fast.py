@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from nas_nb.core.check import broken_laws
 from nas_nb.core.data import load_task
+from nas_nb.relax.paths import BinaryGate
 from nas_nb.search.driver import Budget, run_search
 from nas_nb.space.cells import nb201_space
 from nas_nb.space.darts import darts_space, robust_space
@@ -87,3 +88,11 @@ def test_a_search_goes_the_same_way(name):
     a, b = (run_search(net, task, budget=Budget(epochs=1), seed=0, progress=False) for net in nets)
     assert b.history[0]['train_loss'] == pytest.approx(a.history[0]['train_loss'], rel=1e-3)
     assert (a.history[0]['weights']['cell'] - b.history[0]['weights']['cell']).abs().max() < 1e-4
+
+@pytest.mark.parametrize('mode', ['full', 'recompute', 'two'])
+def test_binary_gates_go_their_own_way(mode):
+    space, plain, fast, x = pair('nb201', torch.float64)
+    def gradient(net):
+        W = net.arch.weights(BinaryGate(mode), generator=torch.Generator().manual_seed(0))
+        return flat(torch.autograd.grad(cross_entropy(net(x, W), torch.arange(8)), net.arch_parameters()))
+    assert relative(gradient(fast), gradient(plain)) < 1e-12

@@ -197,7 +197,7 @@ def edge_sums(x, choices, weights, active, kinds):
             for edge, wi in zip(edges, w): sums[edge] = shared*wi if sums[edge] is None else torch.addcmul(sums[edge], shared, wi)
     return sums
 
-# %% ../../nbs/space/fast.ipynb #d2e59351
+# %% ../../nbs/space/fast.ipynb #89687834
 def _walk(cell, h, w, active):
     "Fill the feature maps `h` of a cell, source by source; None is a node that nothing has reached."
     rows = w.unbind(-2)
@@ -209,17 +209,19 @@ def _walk(cell, h, w, active):
             if y is not None: h[t] = y if h[t] is None else h[t] + y
     return h
 
+def _together(cell, w, active): return cell.training and w.dim() == 2 and not any(isinstance(on, Paths) for on in active)
+
 class FastMixedCell(MixedCell):
     "`MixedCell`, source by source."
     def forward(self, x, w, active):
-        if not self.training or w.dim() == 3 or any(isinstance(on, Paths) for on in active): return super().forward(x, w, active)
+        if not _together(self, w, active): return super().forward(x, w, active)
         h = _walk(self, [x.contiguous(memory_format=_CL)] + [None]*(self.nodes - 1), w, active)
         return torch.zeros_like(x) if h[-1] is None else h[-1]
 
 class FastDartsMixedCell(DartsMixedCell):
     "`DartsMixedCell`, source by source."
     def forward(self, s0, s1, w, active):
-        if not self.training or w.dim() == 3 or any(isinstance(on, Paths) for on in active): return super().forward(s0, s1, w, active)
+        if not _together(self, w, active): return super().forward(s0, s1, w, active)
         return self.join(_walk(self, self.start(s0, s1), w, active))
 
 # %% ../../nbs/space/fast.ipynb #ea3f97d8
