@@ -78,7 +78,21 @@ def read_package(modules):
                 for target in node.targets:
                     if isinstance(target, ast.Name): symbols[target.id] = Symbol(module, target.id, 'data')
         found[module] = [s for name, s in symbols.items() if name in names]
+    _tell_apart(found, trees)
     return found
+
+def _tell_apart(found, trees):
+    "Where two modules export a class of one name, say in signatures which of them is meant: the one that the module imports or defines."
+    homes = defaultdict(list)
+    for module, symbols in found.items():
+        for s in symbols:
+            if s.kind == 'class': homes[s.name].append(module)
+    for module, symbols in found.items():
+        imported = {alias.name: node.module for node in ast.walk(trees[module]) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        for name in (n for n, modules in homes.items() if len(modules) > 1):
+            home = next((m for m in homes[name] if m == module or name in imported and m.endswith('.' + imported[name])), None)
+            for s in (entry for symbol in symbols for entry in (symbol, *symbol.members)) if home else ():
+                s.signature = re.sub(rf'(?<![\w.]){name}\b(?!\s*[(=:])', f'{home}.{name}', s.signature)
 
 # --- words: links to names and papers ------------------------------------------------------------------------------------------------
 
