@@ -6,7 +6,7 @@ The reference loop is what the public DARTS and NAS-Bench-201 codes do: every op
 backward pass through weights and architecture in both halves of the step, PyTorch's default threads. The fast path takes the best of 1 and `--threads` threads. One step:
 loss on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference.
 The floor is the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
-Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
+Where the time goes: shares of the fast step by kind of library call. Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
 import argparse, copy, json, os, subprocess, sys, time
 import numpy as np, torch
 from torch import nn
@@ -137,6 +137,17 @@ def peak_rate(calls, seconds=.3):
             if time.perf_counter() > end: break
     return best
 
+KINDS = {'convolution': ('mkldnn_convolution', 'convolution_backward', 'conv2d', '_conv_depthwise2d'), 'batch norm': ('native_batch_norm', 'native_batch_norm_backward'),
+         'pooling': ('max_pool2d_with_indices', 'max_pool2d_with_indices_backward', 'avg_pool2d', 'avg_pool2d_backward'),
+         'copies': ('cat', 'copy_', 'clone', 'constant_pad_nd', 'fill_'), 'sums and products': ('add', 'add_', 'addcmul', 'mul', 'mul_', 'sum')}
+
+def where_time_goes(side, data):
+    "Shares of one step by kind of library call, each without what it calls."
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile: side.step(*data)
+    own = {e.key.removeprefix('aten::'): e.self_cpu_time_total for e in profile.key_averages()}
+    shares = {kind: sum(own.get(name, 0) for name in names)/sum(own.values()) for kind, names in KINDS.items()}
+    return shares | {'rest': 1 - sum(shares.values())}
+
 # --- memory -----------------------------------------------------------------------------------------------------------------------------
 
 def status(key): return int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])/1024
@@ -188,6 +199,7 @@ def rows(args):
             calls = convolutions(net, data[0][0])
             work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls)      # 2 forward, 2 gradients in x, 1 in weights
             yield dict(name=f'{name} floor, batch {batch}', GFLOP=work, GFLOPs=rate, seconds=work/rate, share=work/rate/seconds[best], unit='s')
+            yield dict(name=f'{name} time, batch {batch}', **where_time_goes(sides[best], data), unit='share')
             if not args.quick:
                 memory = {kind: peak(name, kind, batch, args.quick, args.threads) for kind in ('reference', 'plain', 'fast')}
                 for peer in ('reference', 'plain'):
@@ -206,6 +218,6 @@ def main():
         return measure_peak(name, kind, int(batch), args.quick, args.threads)
     for row in rows(args):
         if args.json: print(json.dumps(row), flush=True)
-        else: print('  '.join(f'{v:.4g}' if isinstance(v, float) else str(v) if k in ('name', 'unit', 'side') else f'{k} {v}' for k, v in row.items()), flush=True)
+        else: print('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else str(v) if k in ('name', 'unit', 'side') else f'{k} {v}' for k, v in row.items()), flush=True)
 
 if __name__ == '__main__': main()
