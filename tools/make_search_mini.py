@@ -26,13 +26,15 @@ def one(setting, seed):
     net, half, g = result.state.net, result.state.sources['val'].split, space.to_str(result.genotype)
     return dict(setting=setting, seed=seed, genotype=g, truth=truth[g], supernet=accuracy(net, half), discretised=accuracy(net.discretize(result.genotype), half))
 
-if __name__ == '__main__':
+def fill(path, settings, one, seeds=5):
+    "Add the rows that the table at `path` lacks, a search for each setting and seed, written as they come."
     torch.set_num_threads(1)
-    path = Path(__file__).resolve().parent.parent/'nbs/search/driver_mini.csv'
     rows = pd.read_csv(path).to_dict('records') if path.exists() else []
-    for seed in range(5):
-        for setting in SETTINGS:
+    for seed in range(seeds):
+        for setting in settings:
             if any((r['setting'], r['seed']) == (setting, seed) for r in rows): continue
             rows.append(one(setting, seed))
             atomic_write(path, pd.DataFrame(rows).to_csv(index=False, float_format='%.4f'))
             print(rows[-1])
+
+if __name__ == '__main__': fill(Path(__file__).resolve().parent.parent/'nbs/search/driver_mini.csv', SETTINGS, one)
