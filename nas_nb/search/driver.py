@@ -10,12 +10,10 @@ __all__ = ['SearchState', 'frozen_statistics', 'arch_step', 'weight_step', 'join
 import copy
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from ..core.data import Batches, Task
 from ..core.progress import bar
 from ..core.protocol import Protocol
@@ -29,12 +27,12 @@ _all_ = ['Batch', 'Budget', 'Constraint', 'Plugin', 'SearchRecipe', 'Soft']
 
 # %% ../../nbs/search/driver.ipynb #3bb48c0c
 class SearchState:
-    """All of a running search: `net`, `task`, the pieces, `w`/`a` (weight and architecture parameters), `w_opt`/`a_opt`, `epoch`, `step`,
-    `values` (schedules now), `W` (last sampled choice weights), `record` (this epoch's row), `history`, `pareto`, `stopped` (why, or None)."""
+    """All of a running search: `net`, `task`, the pieces, `w`/`a` (weight and architecture parameters), `w_opt`/`a_opt`, `epoch`, `step`, `progress` (0 to 1),
+    `values` (schedules now), `W` (last sampled choice weights), `record` (this epoch's row), `history`, `pareto`, `stopped` (why, or None),
+    `selection` (what a selector has decided so far, a tree), `decide` (a function of the sampled choice weights that has the last word)."""
     def __init__(self, net, task, relax, level, hyper, objective, constraint, schedules, select, plugins, budget, seed, recipe):
         self.net, self.relax, self.level, self.hyper, self.select = net, relax, level, hyper, select
-        self.budget, self.seed, self.recipe = budget, seed, recipe
-        self.constraint = Constraint() if constraint is None else constraint
+        self.budget, self.seed, self.recipe, self.constraint = budget, seed, recipe, Constraint() if constraint is None else constraint
         self.parts = (objective, self.constraint, *plugins)
         self.schedules = dict(temperature=Constant(1.), w_lr=Cosine(recipe.w_lr, recipe.w_lr_end), a_lr=Constant(recipe.a_lr)) | copy.deepcopy(dict(schedules))
         self.check(task)
@@ -44,13 +42,13 @@ class SearchState:
         self.w_opt = torch.optim.SGD(self.w, recipe.w_lr, recipe.momentum, weight_decay=recipe.w_decay, foreach=True)
         self.a_opt = torch.optim.Adam(self.a, recipe.a_lr, recipe.a_betas, weight_decay=recipe.a_decay, foreach=True)
         self.sources = self.make_sources()
-        self.noise, self.protocol = torch.Generator(self.device), Protocol(net)
+        self.noise, self.protocol, self.decide = torch.Generator(self.device), Protocol(net), lambda W: W
         self.norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
         self.generators = [p.cost.generator for p in self.parts if isinstance(getattr(p.cost, 'generator', None), torch.Generator)]
         self.stateful = (*self.parts, *self.schedules.values())
         self.steps = dict(bi=(arch_step, weight_step), one=(joint_step,))[level]
-        self.epoch = self.step = 0
-        self.history, self.pareto, self.stopped, self.values = [], [], None, {}
+        self.epoch, self.step, self.progress, self.values = 0, 0, 0., {}
+        self.history, self.pareto, self.stopped, self.selection, self.checkpoints = [], [], None, {}, None
 
 # %% ../../nbs/search/driver.ipynb #573994aa
 @patch
@@ -67,6 +65,7 @@ def check(s: SearchState, task: Task):
     space = s.net.space
     if (task.shape, task.n_classes) != (tuple(space.in_shape), space.n_classes):
         raise ValueError(f'task has images {task.shape} of {task.n_classes} classes, the space {space.name!r} is for {tuple(space.in_shape)} and {space.n_classes}')
+    if hasattr(s.select, 'check'): s.select.check(s)
 
 @patch
 def make_sources(s: SearchState) -> dict:
@@ -85,7 +84,7 @@ def batch(s: SearchState, half: str):
 def sample(s: SearchState) -> dict:
     "Choice weights W for the present architecture, with this step's noise; differentiable in the architecture unless called without gradients."
     s.noise.manual_seed(s.noise_seed)
-    s.W = s.net.arch.weights(s.relax, s.values['temperature'], generator=s.noise, samples=s.budget.batch_size if s.recipe.per_sample else None)
+    s.W = s.decide(s.net.arch.weights(s.relax, s.values['temperature'], generator=s.noise, samples=s.budget.batch_size if s.recipe.per_sample else None))
     return s.W
 
 @patch
@@ -93,7 +92,7 @@ def loss(s: SearchState, half: str, W: dict, hooks=None) -> Tensor:
     "Scalar loss of this step's batch of a half at choice weights `W`, with what the parts and modules add for it."
     x, y = s.batch(half)
     logits = s.net(x, W)
-    total = cross_entropy(logits, y)
+    total = nn.functional.cross_entropy(logits, y)
     s.seen.setdefault(half, torch.stack([total.detach(), (logits.detach().argmax(1) == y).float().mean()]))   # the first pass of a step counts
     hooks = hooks or dict(train=('w_loss',), val=('a_loss',))[half]
     if 'w_loss' in hooks: total = s.protocol.penalty(total)
@@ -136,10 +135,9 @@ def call(s: SearchState, hook: str):
 
 @patch
 def arch_done(s: SearchState, grads):
-    settle = getattr(s.relax, 'settle_', None)             # pairs of binary gates: the other probabilities are not to move
-    before = {k: a.detach().clone() for k, a in s.net.arch.logits.items()} if settle else {}
-    s.constraint.update(s, grads)
-    for k, old in before.items(): settle(s.net.arch.logits[k], old, s.W[k], s.values['temperature'])
+    before = {k: a.detach().clone() for k, a in s.net.arch.logits.items()} if hasattr(s.relax, 'settle_') else {}
+    s.constraint.update(s, grads)                          # pairs of binary gates: the other probabilities are not to move
+    for k, old in before.items(): s.relax.settle_(s.net.arch.logits[k], old, s.W[k], s.values['temperature'])
     s.constraint.after_arch(s)
     s.call('after_a')
 
@@ -165,12 +163,11 @@ class SearchDiverged(RuntimeError):
     "A loss or the architecture is not finite; says the epoch and the step. The last good checkpoint is untouched."
 
 @patch
-def begin_step(s: SearchState):
-    "Set the schedules' values and this step's noise; nothing is drawn yet."
-    t = s.step / (s.budget.epochs * len(s.sources['train']))
-    s.values = {name: schedule.value(t) for name, schedule in s.schedules.items()}
-    for optimizer, name in ((s.w_opt, 'w_lr'), (s.a_opt, 'a_lr')):
-        for group in optimizer.param_groups: group['lr'] = s.values[name]
+def begin_step(s: SearchState, **values):
+    "Set the schedules' values (or those given) and this step's noise; nothing is drawn yet. Steps beyond the budget have progress 1."
+    s.progress = t = min(s.step / (s.budget.epochs * len(s.sources['train'])), 1.)
+    s.values = {name: schedule.value(t) for name, schedule in s.schedules.items()} | values
+    for optimizer, name in ((s.w_opt, 'w_lr'), (s.a_opt, 'a_lr')): optimizer.param_groups[0]['lr'] = s.values[name]
     s.noise_seed = int(np.random.SeedSequence((s.seed, s.step)).generate_state(1, np.uint64)[0] >> 1)
     s.drawn, s.seen = {}, {}
     s.protocol.progress_(t)
@@ -178,9 +175,8 @@ def begin_step(s: SearchState):
 
 @patch
 def check_finite(s: SearchState, trace):
-    for i, seen in enumerate(trace):
-        for half, value in seen.items():
-            if not value.isfinite().all(): raise SearchDiverged(f'the {half} loss is {value[0].item()} in epoch {s.epoch + 1}, step {i + 1} of {len(s.sources["train"])}')
+    for i, half, value in ((i, half, value) for i, seen in enumerate(trace) for half, value in seen.items()):
+        if not value.isfinite().all(): raise SearchDiverged(f'the {half} loss is {value[0].item()} in epoch {s.epoch + 1}, step {i + 1} of {len(s.sources["train"])}')
     if not all(a.isfinite().all() for a in s.a): raise SearchDiverged(f'the architecture is not finite in epoch {s.epoch + 1}, step {len(trace)}')
 
 # %% ../../nbs/search/driver.ipynb #670fe813
@@ -215,8 +211,7 @@ def summary(s: SearchState, trace) -> dict:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):   # a cost may draw samples: looking at it must not change the run
         W, P = (s.net.arch.weights(relax, s.values['temperature'], training=False) for relax in (s.relax, Softmax()))
         row['entropy'] = torch.cat([entropy(p).flatten() for p in P.values() if p.shape[-1] > 1] or [torch.zeros(1)]).mean().item()
-        cost = next((p.cost for p in s.parts if p.cost is not None), None)
-        if cost is not None: row['cost'] = float(cost(W))
+        for cost in [p.cost for p in s.parts if p.cost is not None][:1]: row['cost'] = float(cost(W))
     return row | s.values | dict(weights={group: w.detach().cpu().clone() for group, w in W.items()})
 
 # %% ../../nbs/search/driver.ipynb #ec23d860
@@ -224,7 +219,7 @@ def summary(s: SearchState, trace) -> dict:
 def snapshot(s: SearchState) -> dict:
     "A copy of all that changes: weights, architecture, BatchNorm buffers, optimizers, batches, random state, parts, history."
     return copy.deepcopy(dict(
-        epoch=s.epoch, step=s.step, stopped=s.stopped, history=s.history, pareto=s.pareto, net=s.net.state_dict(),
+        epoch=s.epoch, step=s.step, stopped=s.stopped, history=s.history, pareto=s.pareto, selection=s.selection, net=s.net.state_dict(),
         w_opt=s.w_opt.state_dict(), a_opt=s.a_opt.state_dict(), rng=rng_state(), sources={k: b.state_dict() for k, b in s.sources.items()},
         hyper=s.hyper.state_dict(), parts=[p.state_dict() for p in s.stateful], generators=[g.get_state() for g in s.generators]))
 
@@ -232,7 +227,7 @@ def snapshot(s: SearchState) -> dict:
 def restore(s: SearchState, tree: dict):
     "Back to a snapshot. A plug-in that calls this and must not forget saves its own state before and loads it after."
     tree = copy.deepcopy(tree)
-    s.epoch, s.step, s.stopped, s.history, s.pareto = (tree[k] for k in ('epoch', 'step', 'stopped', 'history', 'pareto'))
+    for name in ('epoch', 'step', 'stopped', 'history', 'pareto', 'selection'): setattr(s, name, tree.get(name, {}))
     for name in ('net', 'w_opt', 'a_opt', 'hyper'): getattr(s, name).load_state_dict(tree[name])
     for name, batches in s.sources.items(): batches.load_state_dict(tree['sources'][name])
     for part, state in zip(s.stateful, tree['parts'], strict=True): part.load_state_dict(state)
@@ -250,16 +245,22 @@ def settings(s: SearchState) -> dict:
     "What a checkpoint must agree with to be continued."
     return dict(space=s.net.space.config(), task=s.task.name, level=s.level, seed=s.seed, budget=asdict(s.budget), recipe=asdict(s.recipe),
                 schedules={k: repr(v) for k, v in s.schedules.items()}, relax=repr(s.relax),
-                parts=[type(p).__name__ for p in (s.hyper, *s.parts)])
+                parts=[type(p).__name__ for p in (s.hyper, *s.parts)], select=type(s.select).__name__ if s.selection else None)
 
 @patch
-def resume(s: SearchState, checkpoints: Checkpoints):
+def checkpoint(s: SearchState):
+    "Write the present snapshot to the run's checkpoints, where it has any; the driver does so after each epoch, a selector after each decision."
+    c = s.checkpoints
+    if c: c.save(c.steps[-1] + 1 if c.steps else 1, dict(settings=s.settings(), state=s.snapshot()))
+
+@patch
+def resume(s: SearchState):
     "Go on from the newest readable checkpoint, if there is one. ValueError where it belongs to another search, naming what differs."
-    found = checkpoints.latest(s.device)
-    if found is None: return
-    theirs, ours = found[1]['settings'], s.settings()
-    differ = [f'{k}: {theirs.get(k)!r} there, {ours[k]!r} now' for k in ours if theirs.get(k) != ours[k]]
-    if differ: raise ValueError(f'the checkpoint in {checkpoints.folder} is of another search ({"; ".join(differ)})')
+    found = s.checkpoints and s.checkpoints.latest(s.device)
+    if not found: return
+    theirs, s.selection = found[1]['settings'], found[1]['state'].get('selection', {})
+    differ = [f'{k}: {theirs.get(k)!r} there, {ours!r} now' for k, ours in s.settings().items() if theirs.get(k) != ours]
+    if differ: raise ValueError(f'the checkpoint in {s.checkpoints.folder} is of another search ({"; ".join(differ)})')
     s.restore(found[1]['state'])
 
 # %% ../../nbs/search/driver.ipynb #fb7b6675
@@ -278,17 +279,17 @@ def run_search(net, task, *, relax=Softmax(), level='bi', hyper=FirstOrder(), ob
 
     `ckpt`: folder or `Checkpoints`, written after each epoch; `resume` continues there, on CPU bit for bit. A used `ckpt` without `resume` is a ValueError.
     `progress`: a bar (None: where somebody watches). Raises `SearchDiverged` for losses that are not finite."""
-    checkpoints = Checkpoints(ckpt, 'search') if isinstance(ckpt, (str, Path)) else ckpt
     s = SearchState(net, task, relax, level, hyper, Soft() if objective is None else objective, constraint, schedules, select, plugins, budget, seed, recipe)
-    if checkpoints and checkpoints.steps and not resume: raise ValueError(f'ckpt={str(checkpoints.folder)!r} holds a search: allowed are resume=True or another folder')
+    s.checkpoints = ckpt if ckpt is None or isinstance(ckpt, Checkpoints) else Checkpoints(ckpt, 'search')
+    if s.checkpoints and s.checkpoints.steps and not resume: raise ValueError(f'ckpt={str(s.checkpoints.folder)!r} holds a search: allowed are resume=True or another folder')
     with seeded(seed), bar(total=budget.epochs * len(s.sources['train']), desc='search', show=progress) as progress_bar:
         s.hyper.start(s)
         s.call('start')
-        if checkpoints and resume: s.resume(checkpoints)
+        if resume: s.resume()
         progress_bar.update(s.step)
-        while s.epoch < budget.epochs and not s.stopped:
+        while s.epoch < budget.epochs and not s.stopped and not s.selection:
             s.run_epoch(progress_bar.update)
             progress_bar.set_postfix({k: f'{v:.3g}' for k, v in s.history[-1].items() if k in ('train_loss', 'val_acc', 'train_acc', 'cost')})
-            if checkpoints: checkpoints.save(checkpoints.steps[-1] + 1 if checkpoints.steps else 1, dict(settings=s.settings(), state=s.snapshot()))
-        s.call('finish')
+            s.checkpoint()
+        if not s.selection: s.call('finish')                   # else it was called before the selection that is resumed
         return SearchResult(select(s), s.history, s.pareto, s.stopped, s)
