@@ -23,7 +23,7 @@ setup(
     keywords=words('keywords'), python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=['nas_nb', 'nas_nb.*']), package_data={'nas_nb': ['space/*.csv']},
     install_requires=words('requirements'),
-    extras_require={k: words(f'{k}_requirements') for k in ('data', 'export', 'sparse', 'dev', 'docs')},
+    extras_require={k: words(f'{k}_requirements') for k in ('data', 'export', 'sparse', 'cluster', 'energy', 'parquet', 'dev', 'docs')},
     entry_points={'console_scripts': words('console_scripts'),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

@@ -85,7 +85,7 @@ def test_import_is_light():
 
 def test_modules_import_no_extra():
     names = [str(p.with_suffix('')).replace(os.sep, '.') for p in MODULES]
-    code = f'import importlib, sys\nfor n in {names!r}: importlib.import_module(n)\nextra = {{"datasets", "onnx", "onnxruntime", "onnxscript", "dask", "ray", "nbdev", "entmax"}} & set(sys.modules)\nassert not extra, extra'
+    code = f'import importlib, sys\nfor n in {names!r}: importlib.import_module(n)\nextra = {{"datasets", "onnx", "onnxruntime", "onnxscript", "dask", "distributed", "ray", "nbdev", "entmax", "pynvml", "pyarrow"}} & set(sys.modules)\nassert not extra, extra'
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 
 def test_every_notebook_is_in_the_sidebar():
@@ -104,7 +104,7 @@ def test_metadata_agrees_with_the_pins():
     parser = ConfigParser(delimiters=['=']); parser.read(ROOT/'settings.ini')
     pins = dict(line.split('==') for line in (ROOT/'requirements-tested.txt').read_text().splitlines() if '==' in line and not line.startswith('#'))
     pins = {k.lower(): v for k, v in pins.items()}
-    for key in ('requirements', 'export_requirements', 'dev_requirements', 'docs_requirements'):
+    for key in ('requirements', 'export_requirements', 'sparse_requirements', 'cluster_requirements', 'dev_requirements', 'docs_requirements'):
         for text in parser['DEFAULT'][key].split():
             r = Requirement(text)
             assert r.name.lower() in pins, f'{r.name} is asked for and not pinned'
