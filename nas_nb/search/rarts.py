@@ -87,7 +87,7 @@ def y_update(self: Split, s, grads):
 @patch
 def step(self: Split, s):
     "One step of the search: w, architecture, y, each from the newest others; or all from the old ones, which takes half the passes."
-    self.progress_(s.step / (s.budget.epochs * len(s.sources['train'])))
+    self.progress_(s.progress)
     if self.order == 'seidel':
         s.weight_update(self.sides(s, 'train')[0])
         arch_step(s)
