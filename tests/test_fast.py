@@ -7,9 +7,9 @@ from nas_nb.core.check import broken_laws
 from nas_nb.core.data import load_task
 from nas_nb.relax.paths import BinaryGate
 from nas_nb.search.driver import Budget, run_search
-from nas_nb.space.cells import nb201_space
+from nas_nb.space.cells import MixedCell, nb201_space
 from nas_nb.space.darts import darts_space, robust_space
-from nas_nb.space.fast import FastDartsMixedCell, FastMixedCell, accelerate, decelerate
+from nas_nb.space.fast import CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, can_compile, compile_cells, decelerate
 
 SPACES = {'darts': lambda: darts_space((3, 8, 8), 10, C=4, cells=3, nodes=2),
           'nb201': lambda: nb201_space((1, 8, 8), 10, C=4, stages=2, cells=1),
@@ -96,3 +96,23 @@ def test_binary_gates_go_their_own_way(mode):
         W = net.arch.weights(BinaryGate(mode), generator=torch.Generator().manual_seed(0))
         return flat(torch.autograd.grad(cross_entropy(net(x, W), torch.arange(8)), net.arch_parameters()))
     assert relative(gradient(fast), gradient(plain)) < 1e-12
+
+@pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
+def test_a_compiled_cell_agrees():
+    "One edge of all operations, in float64: output, gradients of both kinds of step, statistics; zeros take the plain cell."
+    source = next(m for m in SPACES['nb201']().supernet(0).modules() if isinstance(m, MixedCell))
+    class OneCell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = MixedCell([(0, 1)], 2, lambda row: copy.deepcopy(source.choices[0]))
+    plain = OneCell().double().to(memory_format=torch.channels_last).train()
+    compiled = compile_cells(copy.deepcopy(plain)).train()
+    assert type(compiled.cell) is CompiledMixedCell
+    x, w, active = torch.randn(4, 4, 6, 6, dtype=torch.float64), torch.rand(1, 5, dtype=torch.float64, requires_grad=True), [tuple(range(5))]
+    results = []
+    for net in (plain, compiled):
+        out = net.cell(x, w, active)
+        results.append([out, *torch.autograd.grad(out.square().mean(), [w, *net.parameters()]), *(b.double() for b in net.buffers())])
+    assert max(relative(a, b) for a, b in zip(*results)) < 1e-9
+    hard = torch.eye(5, dtype=torch.float64)[3:4]
+    assert torch.equal(compiled.cell(x, hard, [(3,)]), plain.cell(x, hard, [(3,)])) and type(decelerate(compiled).cell) is MixedCell
