@@ -7,8 +7,9 @@ backward pass through weights and architecture in both halves of the step, PyTor
 is a C++ compiler, the compiled cells on `--threads` threads, the former on 1 too; the first turn, which compiles, is not counted but printed. One step:
 loss on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference.
 The floor is the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
-Where the time goes: shares of the fast step by kind of library call. Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
-import argparse, copy, json, os, subprocess, sys, time
+Where the time goes: shares of the fast step by kind of library call. Two halves: the fast step on half the
+batch in two single-threaded processes at once. Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
+import argparse, copy, json, multiprocessing, os, subprocess, sys, time
 import numpy as np, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -183,6 +184,30 @@ def race(sides, data, rounds):
             times[label].append(time.perf_counter() - start)
     return {label: float(np.median(t[1:])) for label, t in times.items()}, {label: t[0] for label, t in times.items()}
 
+def half(name, quick, batch, rounds, barrier, times):
+    "One of two processes: steps of the fast path on half a batch, one thread, begun together."
+    torch.set_num_threads(1)
+    space = SPACES[name](quick)
+    side, data = Side('fast', space.supernet(0), 1), batches(space, batch//2)
+    for turn in range(rounds + 1):
+        barrier.wait()
+        start = time.perf_counter()
+        side.step(*data)
+        if turn: times.put((turn, time.perf_counter() - start))
+
+def two_halves(name, quick, batch, rounds):
+    "Median seconds until the slower of two single-threaded processes has done its half of a step; the exchange of gradients would come on top."
+    context = multiprocessing.get_context('spawn')
+    barrier, times = context.Barrier(2), context.Queue()
+    workers = [context.Process(target=half, args=(name, quick, batch, rounds, barrier, times)) for _ in range(2)]
+    for w in workers: w.start()
+    slowest = {}
+    for _ in range(2*rounds):
+        turn, seconds = times.get(timeout=300)
+        slowest[turn] = max(seconds, slowest.get(turn, 0.))
+    for w in workers: w.join()
+    return float(np.median(list(slowest.values())))
+
 def rows(args):
     for name in SPACES:
         space = SPACES[name](args.quick)
@@ -202,6 +227,11 @@ def rows(args):
             for peer in ('reference', 'plain'):
                 yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best], unit='s', n=args.rounds,
                            against=peer, side=best)
+            if not args.quick:
+                seconds['halves'] = two_halves(name, args.quick, batch, args.rounds)
+                together = min(seconds[label] for label in seconds if label.startswith('fast'))
+                yield dict(name=f'{name} two halves, batch {batch}', ours=together, peer=seconds['halves'], ratio=seconds['halves']/together, unit='s', n=args.rounds,
+                           against='two processes of one thread, the fast path')
             torch.set_num_threads(sides[best].threads)
             calls = convolutions(net, data[0][0])
             work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls)      # 2 forward, 2 gradients in x, 1 in weights
