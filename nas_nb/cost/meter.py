@@ -6,13 +6,13 @@
 __all__ = ['METERS', 'Unmeasurable', 'count_flops', 'count_parameters', 'saved_memory', 'check_peak_memory', 'peak_memory',
            'RaplCounter', 'NvmlCounter', 'energy_counter', 'energy_per_call', 'unmeasurable', 'meter_networks']
 
-# %% ../../nbs/cost/meter.ipynb #ea2fbbf8
+# %% ../../nbs/cost/meter.ipynb #5c2dc7b1
 import contextlib, copy, ctypes, gc, time
 from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from ..core.run import check_device, check_whole, threads as _thread_count
+from ..core.run import check_device, threads as _thread_count
 from .core import Quantity
 from .measure import _quiet, _ready, check_measure, measure
 
