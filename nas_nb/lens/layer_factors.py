@@ -10,10 +10,12 @@ __all__ = ['RULES', 'Outer', 'patches', 'trainable', 'check_model', 'check_input
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 # %% ../../nbs/lens/layer_factors.ipynb #e4b02b99
@@ -33,16 +35,32 @@ class Outer:
         "(G, S, K, C): groups, positions, inputs and outputs of one matrix."
         return (*self.d.shape[2:4], self.rows or self.u.shape[-1], self.d.shape[4])
 
-    def gradient(self, channels=slice(None)):
-        "The gradients [O, N, G*C*K], flattened as the weight is; of some of the C channels only, if asked."
+    def gradient(self, channels=slice(None), out=None):
+        "The gradients [O, N, G*C*K], flattened as the weight is; of some of the C channels only, if asked; written into `out` if given."
+        if out is not None and self.rows: return out.copy_(self.gradient(channels))
         d = self.d[..., channels]
         if self.rows:                                                  # a lookup: add d to the row that was read
             g = d.new_zeros(*d.shape[:2], self.rows, d.shape[-1])
             at = self.u[None, :, 0, :, None].expand(*d.shape[:2], *d.shape[3:])
             return g.scatter_add_(2, at, d[:, :, 0]).flatten(2)
-        out = d.new_empty(*d.shape[:3], d.shape[-1], self.u.shape[-1])
+        shape = *d.shape[:3], d.shape[-1], self.u.shape[-1]
+        out = d.new_empty(shape) if out is None else out.view(shape)
         for o in range(len(d)): torch.matmul(d[o].mT, self.u, out=out[o])
         return out.flatten(2)
+
+    def per_channel(self, w):
+        "e [N,G,S,C] with d[o] = w[o] e for w [O, G*C], or None where d is not such a product, to within rounding."
+        if w.shape != (len(self.d), self.d.shape[2]*self.d.shape[4]): return None
+        w = w.detach().view(len(self.d), 1, self.d.shape[2], 1, -1)
+        top = w[:, 0, :, 0].abs().argmax(0)                            # [G, C]: the output that says most about a channel
+        scale = w[:, 0, :, 0].gather(0, top[None])[0]
+        g, c = (torch.arange(k, device=top.device) for k in top.shape)
+        e = self.d[top, :, g[:, None], :, c].permute(2, 0, 3, 1)*torch.where(scale == 0, scale, 1/scale)[:, None]
+        r = torch.randn(e.shape[0], e.shape[2], generator=torch.Generator().manual_seed(0)).to(e)      # compared in a random sum over samples, positions
+        sums = lambda t: torch.matmul(r.flatten(), t.transpose(-4, -3).flatten(-3, -2))                # [..., N, G, S, C] -> [..., G, C]
+        off = sums(self.d) - w[:, 0, :, 0]*sums(e)
+        scale = w[:, 0, :, 0].abs()*torch.matmul(r.abs().flatten(), e.abs().transpose(0, 1).flatten(1, 2))
+        return e if bool((off.abs() <= 64*torch.finfo(w.dtype).eps*scale.max()).all()) else None
 
 # %% ../../nbs/lens/layer_factors.ipynb #857a13f2
 def _bias(d): return Outer(d.new_ones(1).expand(*d.shape[1:4], 1), d)
@@ -94,13 +112,20 @@ def _norm(m, a, d):
         shape, first, plain = (m.num_features,), 2, F.batch_norm(a, m.running_mean, m.running_var, eps=m.eps)
     return {'weight': _sum_to(d*plain, shape, first), 'bias': _sum_to(d, shape, first)}
 
+def _packed(m, a, d):
+    d = d.reshape(d.shape[0], a.shape[0], 1, -1, 3*m.embed_dim)
+    return {'in_proj_weight': Outer(a.reshape(a.shape[0], 1, -1, m.embed_dim), d), 'in_proj_bias': _bias(d)}
+
 _convs, _norms = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
                                                     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-RULES = {nn.Linear: _linear, nn.Embedding: _embedding, **dict.fromkeys(_convs, _conv), **dict.fromkeys(_norms, _norm)}
+RULES = {nn.Linear: _linear, nn.modules.linear.NonDynamicallyQuantizableLinear: _linear, nn.MultiheadAttention: _packed, nn.Embedding: _embedding, **dict.fromkeys(_convs, _conv), **dict.fromkeys(_norms, _norm)}
+
+def _attends(m): return type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and not m.add_zero_attn
 
 def _ruled(m):
     "Whether a rule describes this module as it stands: its very class, nothing hooked, reparametrised or overridden."
-    known = type(m) in RULES and set(m._parameters) <= {'weight', 'bias'} and 'forward' not in vars(m)
+    own = {k for k, p in m._parameters.items() if p is not None} - {'weight', 'bias'}
+    known = type(m) in RULES and 'forward' not in vars(m) and own <= ({'in_proj_weight', 'in_proj_bias'} if _attends(m) else set())
     odd = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     special = isinstance(m, nn.Embedding) and (m.max_norm is not None or m.scale_grad_by_freq or m.sparse)
     return known and not odd and not special
@@ -154,25 +179,42 @@ class _Call:
 
 @contextmanager
 def exact_arithmetic(device):
-    "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA."
+    "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, attention by its plain formula."
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False): yield
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH): yield
     finally:
         if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
+def _attention(m, note, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+    "Self-attention as `nn.MultiheadAttention` has it, samples first, its packed projection noted; every other call goes there."
+    if not (query is key is value and query.dim() == 3 and key_padding_mask is None and (attn_mask is None or attn_mask.dim() == 2)):
+        return type(m).forward(m, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+    a = query if m.batch_first else query.transpose(0, 1)
+    h = F.linear(a, m.in_proj_weight, m.in_proj_bias)
+    note(m, (a,), {}, h)
+    q, k, v = (t.unflatten(-1, (m.num_heads, -1)).transpose(1, 2) for t in h.chunk(3, -1))
+    scores = q @ k.mT/math.sqrt(m.head_dim)
+    if attn_mask is not None: scores = scores.masked_fill(attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    p = scores.softmax(-1)
+    out = m.out_proj((p @ v).transpose(1, 2).flatten(2))
+    weights = (p.mean(1) if average_attn_weights else p) if need_weights else None
+    return (out if m.batch_first else out.transpose(0, 1)), weights
+
 def record(model, x, modules):
     "Run `model(x)`: the outputs, and the calls of `modules` that gradients flow through, in order."
-    calls = []
+    calls, attentions = [], [m for m in model.modules() if _attends(m) and {m, m.out_proj} & set(modules) and 'forward' not in vars(m)]
     def note(m, args, kwargs, h):
-        if len(args) != 1 or kwargs or not torch.is_tensor(args[0]) or not h.requires_grad: return
+        if len(args) != 1 or kwargs or not torch.is_tensor(args[0]) or not torch.is_tensor(h) or not h.requires_grad: return
         a, source = args[0], get_gradient_edge(args[0]) if args[0].requires_grad else None
         calls.append(_Call(m, a.detach(), a._version, source, get_gradient_edge(h), tuple(h.shape)))
-    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in modules]
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in modules if m not in attentions]
+    for m in attentions: m.forward = partial(_attention, m, note if m in modules else lambda *_: None)
     try: f = model(x)
     finally:
         for hook in hooks: hook.remove()
+        for m in attentions: del m.forward
     if not torch.is_tensor(f) or f.dim() == 0 or f.shape[0] != len(x):
         what = tuple(f.shape) if torch.is_tensor(f) else type(f).__name__
         raise TypeError(f'model gave {what} for {len(x)} samples: allowed is a tensor [N] or [N, ...]')
@@ -193,14 +235,49 @@ def _met(f, calls):
         todo += over[node] if node in over else [n for n, _ in node.next_functions]
     return met
 
+# %% ../../nbs/lens/layer_factors.ipynb #69e51bc7
+class _Convolution(torch.autograd.Function):
+    "A convolution of which only the input gradient is ever asked for."
+    @staticmethod
+    def forward(ctx, x, w, b, stride, padding, dilation, groups):
+        if x.device.type == 'cpu' and x.dim() == 4: x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+        out = torch.convolution(x, w, b, stride, padding, dilation, False, (0,)*len(stride), groups)
+        rest = [(size + 2*p - d*(k - 1) - 1) % s for size, p, d, k, s in zip(x.shape[2:], padding, dilation, w.shape[2:], stride)]
+        ctx.w, ctx.options = w.detach(), (stride, padding, dilation, True, rest, groups)
+        return out
+    @staticmethod
+    def backward(ctx, g): return torch.convolution(g, ctx.w, None, *ctx.options), *(None,)*6
+
+@contextmanager
+def _folding(model):
+    "Context: the convolutions of `model` run as above."
+    plain = [m for m in model.modules() if type(m) in _convs and m.padding_mode == 'zeros' and not isinstance(m.padding, str) and
+             not {'forward', '_conv_forward'} & set(vars(m))]
+    def run(m, x, w, b):
+        if x.dim() != w.dim(): return type(m)._conv_forward(m, x, w, b)           # no batch
+        return _Convolution.apply(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+    for m in plain: m._conv_forward = partial(run, m)
+    try: yield
+    finally:
+        for m in plain: del m._conv_forward
+
 # %% ../../nbs/lens/layer_factors.ipynb #cf4277a8
+def _all_at_once(f, edges, eye, options):
+    flows = []
+    def pull(e):
+        found = torch.autograd.grad(f, edges, e, **options)
+        flows[:] = [g is not None for g in found]
+        return [g for g in found if g is not None]
+    found = iter(vmap(pull)(eye))
+    return [next(found) if flow else None for flow in flows]
+
 def _sensitivities(f, edges, outputs):
     "d f[:, o] / d edge for each o in `outputs`: a list of [len(outputs), N, ...], or None where nothing flows."
     if not edges: return []
     eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[outputs, None].expand(-1, len(f), -1)
     options = dict(retain_graph=True, allow_unused=True)
     if len(eye) > 1:
-        try: return list(torch.autograd.grad(f, edges, eye, is_grads_batched=True, **options))
+        try: return _all_at_once(f, edges, eye, options)
         except RuntimeError: pass                                       # no batching rule for something
     rows = [torch.autograd.grad(f, edges, e, **options) for e in eye]
     return [None if col[0] is None else torch.stack(col) for col in zip(*rows)]
@@ -231,18 +308,20 @@ def _loop_jacobian(model, params, x):
 class FactorPlan:
     """How the gradients of each trainable parameter of `model` are had, decided on the first samples of `x` [N, ...].
 
-    `.ruled` (names with factors), `.plain` (names by plain Jacobian), `.outputs` (O). `rules=False`: all plain. Raises
+    `.ruled` (names with factors), `.plain` (names by plain Jacobian), `.outputs` (O), `.head` (weight [O, C] of a last dense layer, or
+    None), `.channelwise` (names whose factors are `Outer.per_channel` of it), `.elsewhere` (plain names that `factors` is to leave out; empty).
+    `rules=False`: all plain. Raises
     what `check_model` and `check_input` raise; ValueError where the first sample's output depends on the rest of the batch, or no parameter influences it."""
     def __init__(self, model, x, rules=True):
         self.params, self.plain = trainable(model), []
         check_model(model); check_input(model, x)
-        self.model, self.modules = model, []
+        self.model, self.modules, self.head, self.channelwise, self.elsewhere = model, [], None, set(), set()
         self.owners = {}                                               # (module, its name for it) -> our name
         ours = {p: k for k, p in self.params.items()}
         for m in model.modules():
             mine = {key: ours[p] for key, p in m._parameters.items() if p in ours}
             if mine and rules and _ruled(m): self.modules.append(m); self.owners[m] = mine
-        with exact_arithmetic(x.device): self._decide(x[:1], x[:3])
+        with exact_arithmetic(x.device): self._decide(x[:1], x[:2])
 
     def _decide(self, one, few):
         (f1, calls1), (f, calls) = record(self.model, one, self.modules), record(self.model, few, self.modules)
@@ -258,7 +337,7 @@ class FactorPlan:
         reached = {k for k, p in self.params.items() if p in met}
         self.ruled = [k for k in self.params if k in called and k not in doubtful | reached]
         self.plain = [k for k in self.params if k in doubtful | reached] if self.modules else list(self.params)
-        self._verify(f, few)
+        self._verify(f, few, calls)
 
 # %% ../../nbs/lens/layer_factors.ipynb #c05db91b
 def _compare(self, f1, f):
@@ -269,13 +348,17 @@ def _compare(self, f1, f):
         raise ValueError('model: the output of sample 0 changes with the other samples of the batch, or at random; allowed are models that '
                          'treat each sample alone and give the same output twice')
 
-def _verify(self, f, few):
+def _is_last(c, f): return c.edge.node is f.grad_fn and f.dim() == 2 and isinstance(c.module, nn.Linear)
+
+def _verify(self, f, few, calls):
     "Move ruled parameters whose factors do not give autograd's gradient to the plain ones."
     if not self.ruled: return
     generator = torch.Generator().manual_seed(0)
     c = torch.randn(len(few), self.outputs, generator=generator, dtype=torch.float64).to(f)
     want = torch.autograd.grad(f, [self.params[k] for k in self.ruled], c.view_as(f), allow_unused=True)
     _, uses = self._factors(few, slice(None))
+    last = [c.module.weight for c in calls if _is_last(c, f)]
+    if last and self.outputs > 1: self.head = last[0].detach()
     eps = torch.finfo(f.dtype).eps
     # the gradient of a bias before a norm is zero, but for rounding
     noise = 1e3*eps*math.sqrt(sum(float(g.double().norm())**2 for g in want if g is not None))
@@ -285,6 +368,8 @@ def _verify(self, f, few):
         g = torch.zeros_like(got) if g is None else g.flatten().double()
         if not float((got - g).norm()) <= 20*math.sqrt(eps)*float(g.norm()) + noise:
             self.ruled.remove(k); self.plain.append(k)
+        elif self.head is not None and len(uses[k]) == 1 and isinstance(uses[k][0], Outer) and uses[k][0].per_channel(self.head) is not None:
+            self.channelwise.add(k)
 
 FactorPlan._compare, FactorPlan._verify = _compare, _verify
 
@@ -293,6 +378,9 @@ class PlanChanged(RuntimeError):
     "A model called its layers in another way than on the samples its plan was made on."
 
 def _factors(self, x, outputs):
+    with _folding(self.model): return self._in_pass(x, outputs)
+
+def _in_pass(self, x, outputs):
     f, calls = record(self.model, x, self.modules)
     sizes = {n for c in calls if set(self.owners[c.module].values()) & set(self.ruled) for n in (c.a.shape[0], c.shape[0])}
     if [(c.module, c.a.shape[1:], c.shape[1:]) for c in calls] != self.signature or sizes - {len(x)}:
@@ -300,7 +388,7 @@ def _factors(self, x, outputs):
     stray = _met(f, calls) - {self.params[k] for k in self.plain}
     if any(p in stray for p in self.params.values()): raise PlanChanged('model uses other parameters for other samples')
     flat = f.reshape(len(x), -1)
-    last = [c.edge.node is f.grad_fn and f.dim() == 2 and isinstance(c.module, nn.Linear) for c in calls]
+    last = [_is_last(c, f) for c in calls]
     wanted = [i for i, c in enumerate(calls) if not last[i] and any(k in self.ruled for k in self.owners[c.module].values())]
     eye = torch.eye(self.outputs, dtype=f.dtype, device=f.device)[outputs]
     d = dict(zip(wanted, _sensitivities(flat, [calls[i].edge for i in wanted], outputs)))
@@ -315,7 +403,7 @@ def _factors(self, x, outputs):
                 uses[name].append(factor)
     return flat.detach(), uses
 
-FactorPlan._factors = _factors
+FactorPlan._factors, FactorPlan._in_pass = _factors, _in_pass
 
 # %% ../../nbs/lens/layer_factors.ipynb #aaa4d5ad
 def factors(self, x, outputs=slice(None)):
@@ -324,9 +412,9 @@ def factors(self, x, outputs=slice(None)):
     `outputs`: a slice of the O outputs. PlanChanged where layers are called differently than when the plan was made."""
     with exact_arithmetic(x.device):
         f, uses = self._factors(x, outputs)
-        if self.plain:
-            J = sample_jacobian(self.model, {k: self.params[k] for k in self.plain}, x)
-            uses.update({k: [J[k][outputs]] for k in self.plain})
+        if plain := [k for k in self.plain if k not in self.elsewhere]:
+            J = sample_jacobian(self.model, {k: self.params[k] for k in plain}, x)
+            uses.update({k: [J[k][outputs]] for k in plain})
         return f, uses
 
 FactorPlan.factors = factors

@@ -55,18 +55,34 @@ def _mirror(K, n):
 class _Unit:
     names: tuple
     outer: Outer | None          # factors, or
-    gradients: torch.Tensor | None   # [O, N, p]
+    gradients: torch.Tensor | None   # [O, N, p]; with a head [1, N, p], of the features
     pairs: bool = False          # factors by pairs of positions; else by gradients, some channels at a time
+    head: torch.Tensor | None = None   # [O, C], the weight of the last layer
+    form: bool = False           # whether `outer` has yet to be made into gradients
 
-def _choose(shape, n, O, outputs, identity):
-    "Whether pairs of positions cost fewer operations than gradients; [n samples] squared, O outputs."
+    def formed(self, out=None):
+        "This unit, its gradients made (in `out`) if they are to be."
+        return _Unit(self.names, None, self.outer.gradient(out=out), head=self.head) if self.form else self
+
+class _NotAProduct(PlanChanged):
+    "Sensitivities that were channelwise on the samples the plan was made on are not on others."
+
+def _counts(shape, n, O, outputs, same=True):
+    "Operations of the three ways of one layer for n samples squared (half of them if `same`) and O outputs: a dict."
     G, S, K, C = shape
-    if identity: return True
-    r, touched = (O*O, O*O) if outputs == 'full' else (O, O if outputs == 'diag' else 1)
-    pairs = n*n*S*S*G*(K + r*C + 15*touched)             # an element of a product of matrices costs far more time than one step of a sum
-    return pairs < 2*n*O*S*K*C*G + n*n*r*K*C*G
+    r, touched, half = O*O if outputs == 'full' else O, {'full': O*O, 'diag': O, 'trace': 1}[outputs], 1 if same else 2
+    return {'pairs': half*n*n*S*S*G*(K + r*C),
+            'gradients': 2*n*O*S*K*C*G + half*n*n*r*K*C*G,
+            'channels': 2*n*S*K*C*G + (half*n*n*K*C*G if outputs == 'trace' else 2*n*n*G*C*(K + touched))}
 
-def _units(uses, n, O, outputs, split):
+def _choose(shape, n, O, outputs, channelwise):
+    "The way with the fewest operations: 'pairs', 'gradients', or, if allowed, 'channels'."
+    count, (G, S, _, _) = _counts(shape, n, O, outputs), shape
+    count['pairs'] += 15*n*n*S*S*G*(O*O if outputs == 'full' else O if outputs == 'diag' else 1)   # an element written costs far more than a step of a sum
+    if not channelwise: del count['channels']
+    return min(count, key=count.get)
+
+def _units(plan, uses, n, outputs, split):
     "Units of `{name: [Outer or gradients, ...]}`; with `split`, one for each parameter."
     groups = {}
     for name, parts in uses.items():
@@ -75,18 +91,31 @@ def _units(uses, n, O, outputs, split):
                     bool(p.rows) == bool(parts[0].rows) for p in parts if isinstance(parts[0], Outer)) and isinstance(parts[0], Outer)
         if alike: groups.setdefault(name if split else tuple(id(p.d) for p in parts), []).append((name, parts))
         else: groups[name] = [(name, [sum(p.gradient() if isinstance(p, Outer) else p for p in parts)])]
-    return [_unit(members, n, O, outputs) for members in groups.values()]
+    return [_unit(plan, members, n, outputs) for members in groups.values()]
 
-def _unit(members, n, O, outputs):
+def _beside(us):
+    "Inputs u [N, G, S, k] of several parameters in one tensor, positions running fastest where they do so in the first."
+    if len(us) == 1: return us[0]
+    N, G, S, k = *us[0].shape[:3], sum(u.shape[3] for u in us)
+    out = us[0].new_empty(N, G, k, S).mT if us[0].mT.is_contiguous() else us[0].new_empty(N, G, S, k)
+    for part, u in zip(out.split([u.shape[3] for u in us], 3), us): part.copy_(u)
+    return out
+
+def _unit(plan, members, n, outputs):
     names, parts = tuple(k for k, _ in members), members[0][1]
     if not isinstance(parts[0], Outer): return _Unit(names, None, parts[0])
     cat = lambda ts, dim: ts[0] if len(ts) == 1 else torch.cat(ts, dim)
-    u = cat([cat([p.u for p in ps], 2) for _, ps in members], -1) if not parts[0].rows else cat([p.u for p in parts], 2)
+    u = cat([p.u for p in parts], 2) if parts[0].rows else _beside([cat([p.u for p in ps], 2) for _, ps in members])
     outer = Outer(u, cat([p.d for p in parts], 3), parts[0].rows, len(parts) == 1 and parts[0].identity)
-    G, S, K, C = outer.shape
-    if _choose(outer.shape, n, O, outputs, outer.identity): return _Unit(names, outer, None, True)
+    (G, S, K, C), O = outer.shape, plan.outputs
+    way = 'pairs' if outer.identity else _choose(outer.shape, n, O, outputs, plan.channelwise >= set(names))
+    if way == 'pairs': return _Unit(names, outer, None, True)
+    if way == 'channels':
+        e = outer.per_channel(plan.head[:len(outer.d)])
+        if e is None: raise _NotAProduct('sensitivities of the channels change from sample to sample')
+        return _Unit(names, Outer(outer.u, e[None], outer.rows), None, head=plan.head, form=True)
     small = O*K*C < S*(O*C + (1 if outer.rows else K))                  # keep whichever has fewer numbers
-    return _Unit(names, None, outer.gradient()) if small else _Unit(names, outer, None)
+    return _Unit(names, outer, None, form=small)
 
 # %% ../../nbs/lens/ntk.ipynb #ae3347f3
 def _add(K, X, Y, A, outputs, same):
@@ -97,8 +126,24 @@ def _add(K, X, Y, A, outputs, same):
     else:
         for k, x, y in zip(K, X, Y): _add_gram(k, [x], [y], A, n, m, same)
 
+def _add_channels(K, X, Y, w, outputs, same, room):
+    "K += sum_c w[:, c] w[:, c]^T X_c Y_c^T for X [N, C*k], Y [M, C*k] and w [O, C]."
+    C = w.shape[1]
+    if outputs == 'trace':
+        norm = w.norm(dim=0).repeat_interleave(X.shape[1]//C)
+        return _add(K, (X*norm)[None], (Y*norm)[None], None, outputs, same)
+    r = (w[:, None]*w).flatten(0, 1) if outputs == 'full' else w**2
+    X, Y = X.unflatten(1, (C, -1)).transpose(0, 1), Y.unflatten(1, (C, -1)).permute(1, 2, 0)
+    step = max(1, int(room//(sum(r.shape)*Y.shape[2])))
+    for a in range(0, X.shape[1], step):
+        T = r @ torch.bmm(X[:, a:a + step], Y).flatten(1)
+        here = K[:, a:a + step]
+        if outputs == 'full': here.transpose(1, 2).add_(T.view(len(w), len(w), *here.shape[1::2]))
+        else: here.add_(T.view(here.shape))
+
 def _add_unit(K, U, V, outputs, same, room):
     "Add unit U of the rows against unit V of the columns; `room`: numbers that gradients formed on the way may take."
+    if U.head is not None: return _add_channels(K, U.gradients[0], V.gradients[0], U.head, outputs, same, room)
     if U.gradients is not None: return _add(K, U.gradients, V.gradients, None, outputs, same)
     (G, S, k, C), S2 = U.outer.shape, V.outer.shape[1]
     if not U.pairs:
@@ -132,15 +177,17 @@ def _sizes(plan, x, n, outputs, split):
         record(plan.model, x[:1], ())
     saved = [t.numel() for k, t in saved.items() if k not in own]
     _, uses = plan.factors(x[:1], slice(0, 1))
-    units, O = _units(uses, n, plan.outputs, outputs, split), plan.outputs
+    units, O = _units(plan, uses, n, outputs, split), plan.outputs
+    units = [u.formed() for u in units]
     outers = [u.outer for u in units if u.outer is not None]
     parts = [p for ps in uses.values() for p in ps]
-    plain = sum(plan.params[k].numel() for k in plan.plain)
-    kept = sum(O*u.gradients.numel() for u in units if u.gradients is not None) + sum(o.u.numel() + O*o.d.numel() for o in outers)
+    plain = sum(plan.params[k].numel() for k in plan.plain if k not in plan.elsewhere)
+    kept = sum(u.gradients.numel()*(1 if u.head is not None else O) for u in units if u.gradients is not None) + sum(o.u.numel() + O*o.d.numel() for o in outers)
     once = sum(saved) + 2*sum(p.u.numel() for p in parts if isinstance(p, Outer)) + 2*O*plain
     each = 2*sum({id(p.d): p.d.numel() for p in parts if isinstance(p, Outer)}.values()) + 3*max(saved, default=0)
     each += sum(u.gradients.numel() for u in units if u.gradients is not None) + (sum(saved) if plain else 0)
     lazy = [O*o.shape[0]*o.shape[2] for u in units if u.outer is not None and not u.pairs for o in [u.outer]]
+    lazy += [u.head.shape[1] + (O*O if outputs == 'full' else O) + u.gradients.numel()*(outputs == 'trace') for u in units if u.head is not None]
     return kept, once, each, max(lazy, default=0)
 
 # %% ../../nbs/lens/ntk.ipynb #85ff3f8e
@@ -176,21 +223,23 @@ def _collect(plan, x, first, layout, n, outputs, split, name):
             if bool(bad.any()):
                 at = first + start + int(bad.nonzero()[0])
                 raise ValueError(f'model: the output for sample {at} of {name} is NaN or infinite; allowed are finite outputs')
-            units = _units(uses, n, O, outputs, split)
+            units = _units(plan, uses, n, outputs, split)
             del uses
-            if len(part) == len(x) and chosen == slice(None): return units
+            if len(part) == len(x) and chosen == slice(None): return [u.formed() for u in units]
             store = store or [_room_for(u, len(x), O) for u in units]
             if [u.names for u in store] != [u.names for u in units]: raise PlanChanged('model uses other parameters for other samples')
             for s, u in zip(store, units): _put(s, u, slice(start, start + len(part)), slice(o, o + layout.outputs))
     return store
 
 def _room_for(u, n, O):
-    grow = lambda t: t.new_empty(O, n, *t.shape[2:])
+    grow = lambda t, *shape: t.new_empty(O if u.head is None else 1, n, *(shape or t.shape[2:]))
+    if u.form: return _Unit(u.names, None, grow(u.outer.d, math.prod(u.outer.shape)//u.outer.shape[1]), head=u.head)
     if u.outer is None: return _Unit(u.names, None, grow(u.gradients))
     d = u.outer.d[:, :1].expand(-1, n, *u.outer.d.shape[2:]) if u.outer.identity else grow(u.outer.d)
     return _Unit(u.names, Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity), None, u.pairs)
 
 def _put(s, u, at, o):
+    if u.form: u.formed(s.gradients[o if u.head is None else slice(None), at]); return
     if u.outer is None: s.gradients[o, at] = u.gradients; return
     s.outer.u[at] = u.outer.u
     if not s.outer.identity: s.outer.d[o, at] = u.outer.d
@@ -229,11 +278,11 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     with torch.inference_mode(False), exact_arithmetic(x1.device):
         plan = FactorPlan(model, x1, rules=method != 'jacobian')
         if method == 'factored' and plan.plain: raise ValueError(f"method='factored': no rule for {plan.plain}; allowed is 'auto'")
-        try: return _kernel(plan, x1, x1 if x2 is None else x2, outputs, layers, memory)
+        x2 = x1 if x2 is None else x2
+        try: return _some_way(_kernel, plan, x1, x2, outputs, layers, memory)
         except PlanChanged as e:
             if method == 'factored': raise ValueError(f"method='factored': {e}; allowed is 'auto' or 'jacobian'") from e
-            plan = FactorPlan(model, x1, rules=False)
-            return _kernel(plan, x1, x1 if x2 is None else x2, outputs, layers, memory)
+            return _kernel(FactorPlan(model, x1, rules=False), x1, x2, outputs, layers, memory)
 
 # %% ../../nbs/lens/ntk.ipynb #c8857135
 def _zeros(x, O, n, m, outputs):
@@ -257,6 +306,12 @@ def _kernel(plan, x1, x2, outputs, split, memory):
     order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
     total = {k: b.permute(order) for k, b in total.items()}
     return total if split else total['']
+
+def _some_way(work, plan, *args):
+    "`work(plan, *args)`, without the short cut of channelwise layers where it turns out not to hold."
+    try: return work(plan, *args)
+    except _NotAProduct: plan.channelwise = set()
+    return work(plan, *args)
 
 def _place(K, block, r, c, outputs, mirror, twice, single):
     "Write a block at sample offsets (r, c); `mirror`: complete it below its diagonal; `twice`: also its transpose at (c, r)."
@@ -299,7 +354,7 @@ def ntk_trace(model, x, layers=False, memory=2**30):
     x [N, ...]; time and memory grow with N, not its square. Errors as for `ntk`."""
     model, x, _ = _prepare(model, x, None, None)
     with torch.inference_mode(False), exact_arithmetic(x.device):
-        try: return _trace(FactorPlan(model, x), x, layers, memory)
+        try: return _some_way(_trace, FactorPlan(model, x), x, layers, memory)
         except PlanChanged: return _trace(FactorPlan(model, x, rules=False), x, layers, memory)
 
 def _trace(plan, x, layers, memory):
@@ -312,6 +367,9 @@ def _trace(plan, x, layers, memory):
     return total if layers else sum(total.values())
 
 def _squares(u):
+    if u.head is not None:
+        squares = (u.gradients[0].unflatten(1, (u.head.shape[1], -1))**2).sum((0, 2), dtype=torch.float64)
+        return float(squares @ (u.head.double()**2).sum(0))
     if u.gradients is not None: return float((u.gradients**2).sum(dtype=torch.float64))
     if u.outer.rows or not u.pairs: return float((u.outer.gradient()**2).sum(dtype=torch.float64))
     inputs = u.outer.u @ u.outer.u.mT
