@@ -75,7 +75,7 @@ def test_a_search_with_it_resumes_bitwise(name, space, task, tmp_path):
     same(whole, resumed)
     for a, b in zip(whole.state.parts, resumed.state.parts): assert getattr(a, 'trace', 0) == getattr(b, 'trace', 0)
 
-@pytest.mark.parametrize('n', [3, 9, 12, 14])
+@pytest.mark.parametrize('n', [9, 13])
 def test_adaptive_regularisation_resumes_bitwise(n, space, task, tmp_path, rising):
     run = lambda n, **k: run_search(space.supernet(1), task, plugins=[KillAt(n), AdaptiveReg(mul=2., **QUICK)], budget=BUDGET, seed=1, **k)
     whole = run(0)
@@ -150,7 +150,7 @@ def test_lookahead_passes_see_one_mask(space, task):
     assert all(a == b for a, b in seen)
 
 def test_both_groups_of_a_darts_space_jointly(task):
-    space = darts_space(in_shape=(1, 8, 8), n_classes=10, C=4, cells=3, nodes=2)
+    space = darts_space(in_shape=(1, 8, 8), n_classes=10, C=4, cells=3, nodes=1)
     s = run_search(space.supernet(0), task, budget=Budget(1, 20)).state
     batch, n = arch_batch(s, 20), sum(a.numel() for a in s.a)
     H = alpha_hessian(s, batch)

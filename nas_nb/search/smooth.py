@@ -14,26 +14,31 @@ from .driver import arch_step, frozen_statistics, weight_step
 from .hypergrad import constants
 from .plugin import Plugin
 
-# %% ../../nbs/search/smooth.ipynb #814efcd6
+# %% ../../nbs/search/smooth.ipynb #2cd6ef07
 def clip_rows(w: torch.Tensor) -> torch.Tensor:
-    "Rows of choice weights [..., n] made valid: entries clipped to [0, 1], each row divided by its sum; a row without a positive entry becomes one-hot at its largest."
+    """Rows of choice weights [..., n] made valid: entries clipped to [0, 1], each row divided by its sum; a row without a positive entry
+    becomes one-hot at its largest."""
     kept = w.clamp(0, 1)
     lost = kept.sum(-1, keepdim=True) == 0
     kept = torch.where(lost, torch.zeros_like(w).scatter(-1, w.argmax(-1, keepdim=True), 1.), kept)
     return kept / kept.sum(-1, keepdim=True)
 
-# %% ../../nbs/search/smooth.ipynb #e166da0c
+# %% ../../nbs/search/smooth.ipynb #e3706ad9
 class RandomSmoothing(Plugin):
-    """SDARTS-RS: each update of the weights is made at choice weights W + delta, delta uniform in [-radius, radius], made valid by `clip_rows`.
+    """SDARTS-RS: each update of the weights is made at choice weights W + delta, delta uniform in [-radius, radius], made valid by
+    `clip_rows`.
 
-    `radius`: a number (reached at the end, from 0.03 or less at the start, linearly) or a `Schedule` of the progress. The architecture's step is as it was.
-    ValueError for a radius outside [0, 1], level 'one', and beside what sets the steps itself. Source: Chen, Hsieh (arXiv 2002.05283), equation 3."""
+    `radius`: a number (reached at the end, from 0.03 or less at the start, linearly) or a `Schedule` of the progress. The architecture's
+    step is as it was. ValueError for a radius outside [0, 1], level 'one', and beside what sets the steps itself. Source: Chen, Hsieh
+    (arXiv 2002.05283), equation 3."""
     def __init__(self, radius=0.3):
-        if not isinstance(radius, Schedule) and not 0 <= radius <= 1: raise ValueError(f'radius={radius!r}: allowed is a number from 0 to 1, or a Schedule')
+        if not isinstance(radius, Schedule) and not 0 <= radius <= 1:
+            raise ValueError(f'radius={radius!r}: allowed is a number from 0 to 1, or a Schedule')
         self.radius = radius if isinstance(radius, Schedule) else Linear(min(.03, radius), radius)
 
     def start(self, s):
-        if s.steps != (arch_step, weight_step): raise ValueError(f'level={s.level!r}, hyper={type(s.hyper).__name__}: allowed is a search with the usual two steps')
+        if s.steps != (arch_step, weight_step):
+            raise ValueError(f'level={s.level!r}, hyper={type(s.hyper).__name__}: allowed is a search with the usual two steps')
         s.steps = (arch_step, self.smooth_step)
 
     def smooth_step(self, s):
@@ -44,14 +49,15 @@ class RandomSmoothing(Plugin):
     def perturbed(self, s, W: dict) -> dict:
         "Choice weights near `W`, drawn with this step's noise."
         radius = self.radius.value(s.progress)
-        return {k: clip_rows(w + radius * (2 * torch.rand(w.shape, generator=s.noise, device=w.device, dtype=w.dtype) - 1)) for k, w in W.items()}
+        draws = {k: torch.rand(w.shape, generator=s.noise, device=w.device, dtype=w.dtype) for k, w in W.items()}
+        return {k: clip_rows(w + radius * (2 * draws[k] - 1)) for k, w in W.items()}
 
-# %% ../../nbs/search/smooth.ipynb #e3334104
+# %% ../../nbs/search/smooth.ipynb #abad5154
 class AdversarialSmoothing(RandomSmoothing):
     """SDARTS-ADV: as `RandomSmoothing`, but delta is sought where the batch's training loss is largest, |delta| <= radius in each entry.
 
-    Projected gradient ascent from a random point: `steps` (7) steps along the sign of the gradient, of 2 radius/steps each. They normalise by the
-    batch and leave running statistics alone. `steps` further passes an update. ValueError as there, and for steps < 1.
+    Projected gradient ascent from a random point: `steps` (7) steps along the sign of the gradient, of 2 radius/steps each. They
+    normalise by the batch and leave running statistics alone. `steps` further passes an update. ValueError as there, and for steps < 1.
     Source: Chen, Hsieh (arXiv 2002.05283), equation 4."""
     def __init__(self, radius=0.3, steps: int = 7):
         super().__init__(radius)
