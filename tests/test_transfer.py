@@ -1,0 +1,80 @@
+"""Latency transfer: what a prior over devices promises, on small made-up devices."""
+import numpy as np, pytest
+from nas_nb.cost.predictor import spearman
+from nas_nb.cost.transfer import DevicePrior, factor_analysis
+
+def devices(n=200, families=4, each=3, seed=0):
+    "`(known [n, D], groups, new [n])`: devices in families, and one more of the first."
+    r = np.random.default_rng(seed)
+    hidden, centers = r.normal(size=(n, 3)), r.normal(size=(families, 3))
+    def one(f): return np.exp(1 + .3*(hidden @ (centers[f] + .05*r.normal(size=3)) + .1*r.normal(size=n)))
+    groups = np.repeat(np.arange(families), each)
+    return np.stack([one(f) for f in groups], 1), groups, one(0)
+
+def test_same_seed_same_prior_and_order_of_measurements_does_not_matter():
+    known, groups, new = devices()
+    a, b = (DevicePrior.fit(known, groups=groups, seed=3) for _ in range(2))
+    assert (a.rank, a.width, a.spread) == (b.rank, b.width, b.spread)
+    m = a.choose(8)
+    np.testing.assert_array_equal(m, b.choose(8))
+    np.testing.assert_array_equal(a.choose(5), m[:5])
+    p, q = a.adapt(m, new[m]), a.adapt(m[::-1], new[m[::-1]])
+    np.testing.assert_allclose(p.median, q.median, rtol=1e-9)
+    np.testing.assert_allclose(p.log_std, q.log_std, rtol=1e-6, atol=1e-9)
+
+def test_units_do_not_matter():
+    "A device in microseconds, or 1000 times slower, is the same device."
+    known, _, new = devices()
+    prior = DevicePrior.fit(known, rank=3, width=.3)
+    m = prior.choose(8)
+    scaled = DevicePrior.fit(known*10.**np.arange(-3, 9), rank=3, width=.3)
+    np.testing.assert_allclose(scaled.adapt(m, 1e3*new[m]).median, 1e3*prior.adapt(m, new[m]).median, rtol=1e-6)
+    np.testing.assert_allclose(scaled.adapt(m, 1e3*new[m]).std, 1e3*prior.adapt(m, new[m]).std, rtol=1e-4, atol=1e-6)
+
+def test_a_known_device_is_recognised():
+    known, groups, _ = devices()
+    prior = DevicePrior.fit(known, groups=groups)
+    m = prior.choose(10)
+    for d in (0, 5, 11):
+        p = prior.adapt(m, known[m, d])
+        assert p.resemblance[groups == groups[d]].sum() > .8
+        assert spearman(p.median, known[:, d]) > .97
+
+def test_near_zero_latencies_do_not_spoil_the_prior():
+    known, groups, new = devices()
+    known[:10, 0] = 1e-9
+    prior = DevicePrior.fit(known, groups=groups)
+    m = np.arange(20, 40)
+    p = prior.adapt(m, new[m])
+    assert np.isfinite(p.mean).all() and np.isfinite(p.std).all()
+    assert spearman(p.median[40:], new[40:]) > .9
+
+def test_two_devices_are_enough_and_one_is_not():
+    known, _, new = devices()
+    prior = DevicePrior.fit(known[:, :2])
+    assert prior.rank == 2 and prior.trials is None
+    m = np.arange(10)
+    assert np.isfinite(prior.adapt(m, new[m]).mean).all()
+    with pytest.raises(ValueError, match='2 devices'): DevicePrior.fit(known[:, :1])
+
+def test_more_measurements_narrow_the_intervals():
+    known, groups, new = devices()
+    prior = DevicePrior.fit(known, groups=groups)
+    order = np.random.default_rng(0).permutation(len(new))
+    width = [np.median(prior.adapt(order[:k], new[order[:k]]).log_std[order[100:]]) for k in (3, 10, 50)]
+    assert width[0] > width[1] > width[2]
+
+def test_features_reach_architectures_outside_the_table():
+    r = np.random.default_rng(0)
+    x = r.normal(size=(300, 4))
+    slopes = r.normal(size=(4, 3))[:, np.repeat(np.arange(3), 3)] + .1*r.normal(size=(4, 9))
+    latencies = np.exp(1 + .2*x @ slopes + .01*r.normal(size=(300, 9)))
+    prior = DevicePrior.fit(latencies[:200, :8], x[:200])
+    m = prior.choose(10)
+    out = prior.adapt(m, latencies[m, 8]).at(x[200:])
+    assert spearman(out['median'], latencies[200:, 8]) > .97
+    assert (out['std'] > 0).all() and (out['mean'] >= out['median']).all()
+
+def test_factor_analysis_refuses():
+    for S, rank, text in ((np.eye(3), 0, 'rank'), (np.eye(3), 4, 'rank=4'), (np.ones((2, 3)), 1, 'S has shape')):
+        with pytest.raises(ValueError, match=text): factor_analysis(S, rank)
