@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from ..core.run import check_whole
 
-# %% ../../nbs/lens/alignment.ipynb #50b9e30c
+# %% ../../nbs/lens/alignment.ipynb #0ed6e10b
 def check_two_classes(X, y):
-    "`X` [n, d] and `y` [n] of -1 and 1 as float tensors. ValueError names what is wrong: shapes, labels, a missing class, values not finite, a zero example."
+    """`X` [n, d] and `y` [n] of -1 and 1 as float tensors.
+
+    ValueError names what is wrong: shapes, labels, a missing class, values not finite, a zero example."""
     X, y = torch.as_tensor(X), torch.as_tensor(y)
     if X.dim() != 2 or y.shape != X.shape[:1]: raise ValueError(f'X={tuple(X.shape)}, y={tuple(y.shape)}: allowed are [n, d] and [n]')
     X = X if X.is_floating_point() else X.double()
@@ -76,13 +78,14 @@ def stable_rank(W: Tensor) -> float:
     s = torch.linalg.svdvals(W.detach().double())
     return float(s.square().sum()/s[0].square())
 
-# %% ../../nbs/lens/alignment.ipynb #517210e0
+# %% ../../nbs/lens/alignment.ipynb #ae1284be
 _LOSSES = {'exponential': (lambda m: (-m).exp(), lambda m: (-m).exp()),               # loss of a margin, and minus its derivative, which is 1 at 0
            'logistic': (lambda m: 2*nn.functional.softplus(-m), lambda m: 2*torch.sigmoid(-m))}
 
 @dataclass
 class TwoLayerFlow:
-    "The end and the story of a flow: `W` [h, d], `v` [h]; `trace`: time, loss, aligned (share), dead (number), stable_rank, drift of the conserved quantity; `paths` [times, h, 2]: cosines with the sums of the positive and the negative class."
+    """The end and the story of a flow: `W` [h, d], `v` [h]; `trace`: time, loss, aligned (share), dead (number), stable_rank, drift of the
+    conserved quantity; `paths` [times, h, 2]: cosines of w_j with the sums of the positive and the negative class."""
     W: Tensor
     v: Tensor
     trace: pd.DataFrame
@@ -105,13 +108,13 @@ def initial_weights(d: int, width: int, eps: float, init='balanced', seed: int =
     if init not in starts: raise ValueError(f'init={init!r}: allowed are {", ".join(starts)}')
     return W, starts[init]
 
-# %% ../../nbs/lens/alignment.ipynb #b350a89f
+# %% ../../nbs/lens/alignment.ipynb #3ad36038
 def two_layer_flow(X, y, width: int = 50, eps: float = 1e-4, loss='exponential', lr: float = .02, steps: int = 5000, every: int = 50, init='balanced',
                    tol: float = .01, seed: int = 0) -> TwoLayerFlow:
     """Gradient flow of sum_j v_j relu(w_j x) on the mean loss of `X` [n, d], `y` [n] in {-1, 1}, by `steps` of size `lr`, written down `every` so many.
 
     `loss`: 'exponential' exp(-m) or 'logistic' 2 log(1 + exp(-m)) of the margin m = y f(x). `eps`: size of the initial weights, `init` as in
-    `initial_weights`. ValueError for other values; RuntimeError as soon as some v_j^2 - |w_j|^2 has drifted by more than `tol` of v_j^2 + |w_j|^2, that is, where the step is too large.
+    `initial_weights`. ValueError for other values; RuntimeError as soon as some v_j^2 - |w_j|^2 has drifted by more than `tol` of v_j^2 + |w_j|^2: the step is too large.
     Source: Min, Mallada, Vidal (arXiv 2307.12851), equations 2 to 4."""
     X, y = check_two_classes(X, y)
     X, y = X.double(), y.double()
@@ -127,17 +130,19 @@ def two_layer_flow(X, y, width: int = 50, eps: float = 1e-4, loss='exponential',
             rows.append(_row(step*lr, value(margin).mean(), W, v, X, y, conserved))
             paths.append(_cosines(W, X, y))
             if not rows[-1]['drift'] <= tol:
-                raise RuntimeError(f'lr={lr!r}: at time {step*lr:g} a conserved quantity has drifted by {rows[-1]["drift"]:.1%}, more than tol={tol:g}; a smaller step is needed')
+                raise RuntimeError(f'lr={lr!r}: at time {step*lr:g} a conserved quantity has drifted by {rows[-1]["drift"]:.1%}, '
+                                   f'more than tol={tol:g}; a smaller step is needed')
         if step == steps: return TwoLayerFlow(W, v, pd.DataFrame(rows), np.stack(paths))
         force = y*pull(margin)/len(y)
         W, v = W + lr*v[:, None]*((h > 0).to(X).mT@(force[:, None]*X)), v + lr*(h.mT@force)
 
-# %% ../../nbs/lens/alignment.ipynb #9d9bbf3d
+# %% ../../nbs/lens/alignment.ipynb #d9359626
 def _row(time, loss, W, v, X, y, conserved):
     active, positive = X@W.mT > 0, (y > 0)[:, None]
     fits = dict(dead=~active.any(0), positive=(active == positive).all(0), negative=(active != positive).all(0))
     drift = ((v.square() - W.square().sum(1) - conserved).abs()/(v.square() + W.square().sum(1))).max()
-    return dict(time=time, loss=float(loss), aligned=float(_aligned(fits, v).double().mean()), dead=int(fits['dead'].sum()), stable_rank=stable_rank(W), drift=float(drift))
+    return dict(time=time, loss=float(loss), aligned=float(_aligned(fits, v).double().mean()), dead=int(fits['dead'].sum()),
+                stable_rank=stable_rank(W), drift=float(drift))
 
 def _cosines(W, X, y):
     "[h, 2]: cosines of the rows of W with the sums of the two classes."
