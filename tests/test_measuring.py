@@ -10,7 +10,7 @@ from nas_nb.cost.core import Affine, MaxCost, Quantity
 from nas_nb.cost.expected import DepthCost
 from nas_nb.cost.lut import LatencyTable, fit_affine, load_fbnet_lut, load_lut, lut_keys, measure_lut
 from nas_nb.cost.measure import BACKENDS, measure
-from nas_nb.cost.meter import METERS, Unmeasurable, meter_networks, unmeasurable
+from nas_nb.cost.meter import METERS, UnmeasurableError, meter_networks, missing_meters
 from nas_nb.ops.conv import NB201_OPS
 from nas_nb.ops.mbconv import mbconv
 from nas_nb.space.cells import CellSpace
@@ -83,17 +83,17 @@ def test_without_parquet_the_extra_is_named_before_work(space, tmp_path, monkeyp
 
 # ---- quantities and backends
 def test_every_quantity_is_given_or_refused_by_name(net):
-    x, missing = torch.randn(2, 1, 8, 8), unmeasurable()
+    x, missing = torch.randn(2, 1, 8, 8), missing_meters()
     for q in METERS:
         if q in missing:
-            with pytest.raises(Unmeasurable) as e: meter_networks({'net': net}, x, [q])
+            with pytest.raises(UnmeasurableError) as e: meter_networks({'net': net}, x, [q])
             assert str(e.value) == missing[q]
         else: assert isinstance(meter_networks({'net': net}, x, [q], rounds=3, seconds=.01)['net'][q], Quantity)
 
 def test_statistics_gradients_and_flags_are_left_alone(net):
     net = nn.Sequential(net, nn.BatchNorm2d(4)).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    what = [q for q in METERS if q not in unmeasurable()]
+    what = [q for q in METERS if q not in missing_meters()]
     meter_networks({'net': net}, torch.randn(2, 1, 8, 8), what, rounds=3, seconds=.01)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert net.training and all(p.grad is None for p in net.parameters())

@@ -115,7 +115,7 @@ def fit_affine(sums, measured, unit='ms'):
     return dict(slope=float(slope), intercept=float(intercept), n=len(y), mean_rel_err=float(abs(residuals).mean()), max_rel_err=float(abs(residuals).max()),
                 sum_rel_err=float(abs(s/y - 1).mean()), spearman=float(spearmanr(s, y).statistic), residuals=residuals.tolist())
 
-# %% ../../nbs/cost/lut.ipynb #da672d49
+# %% ../../nbs/cost/lut.ipynb #13754c8e
 def _lut_modules(space, batch):
     "Operations, empty calls and their inputs: key -> module, key -> input, key -> key of its empty call."
     modules, xs, empty = {}, {}, {}
@@ -133,6 +133,7 @@ def _lut_modules(space, batch):
         add(keys['head'][0], space.make_head, space.shapes()[-1])
     return modules, xs, empty
 
+# %% ../../nbs/cost/lut.ipynb #f36d6b4b
 def measure_lut(space, *, networks=20, batch=1, threads=1, backend='eager', device='cpu', rounds=30, seed=0, progress=False):
     """A `LatencyTable` in ms of all operations of a `ChainSpace`, corrected on `networks` (>= 20) whole networks sampled with `seed`.
 

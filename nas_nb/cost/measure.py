@@ -173,6 +173,7 @@ def _onnx_call(module, x, n):
     feed = {session.get_inputs()[0].name: x.numpy()}
     return lambda _: session.run(None, feed)
 
+# %% ../../nbs/cost/measure.ipynb #aa94685d
 def _compiled_call(network, **options):
     "`network` through `torch.compile(**options)`, alone in its compiler cache."
     def call(x): return network(x)
