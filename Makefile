@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations=15 tests
 
 test-slow: $(VENV)/.dev
-	NAS_NB_FLAGS=slow NAS_NB_LIMIT=3600 $(BIN)/python -m pytest -q --durations=15 tests/test_notebooks.py tests/test_spaces.py
+	NAS_NB_FLAGS=slow NAS_NB_LIMIT=3600 $(BIN)/python -m pytest -q --durations=15 tests/test_notebooks.py tests/test_spaces.py tests/test_faults.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_docs.py

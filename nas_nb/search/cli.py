@@ -29,6 +29,14 @@ def _run(config_fields, out, resume, overwrite):
     print(f'Evidence: {out}/report.html   Network: {out}/winner')
     return 0
 
+def _list():
+    "Print the table of methods; 0."
+    from nas_nb.search.registry import search_methods
+    table = search_methods().astype(str)
+    widths = {k: max(len(k), *map(len, table[k])) for k in table}
+    for row in (table.columns, *table.to_numpy()): print('  '.join(v.ljust(w) for v, w in zip(row, widths.values())).rstrip())
+    return 0
+
 def _resume_line(argv):
     "The command line that continues an interrupted run."
     return shlex.join(['nas_search', *(a for a in argv if a not in ('--overwrite', '--resume')), '--resume'])
@@ -37,6 +45,7 @@ def _resume_line(argv):
 def nas_search(
     data: str = 'digits',      # Data set name, a folder of images by class, an .npz, or a Hugging Face data set
     space: str = 'pooled',     # Search space: pooled, nb201
+    method: str = 'gumbel',    # Search method: --list shows all
     device: str = 'cpu',       # Where to measure and train: cpu, cuda
     budget: str = None,        # Latency that the network may take, with its unit: 0.8ms
     lambdas: str = '0,0.5,1,2', # Without a budget: trade-offs in 1/ms
@@ -51,9 +60,11 @@ def nas_search(
     seed: int = 0,             # Seed of everything random
     out: str = 'runs/latest',  # Run folder
     resume: store_true = False,     # Continue the run in this folder
-    overwrite: store_true = False): # Start anew in a used folder
+    overwrite: store_true = False,  # Start anew in a used folder
+    list: store_true = False):      # Print the search methods and end
     "Search for a network that is accurate and fast on this machine: measure, predict, search, retrain, compare. Returns the exit status."
-    fields = dict(data=data, space=space, device=device, budget=budget, samples=samples, epochs=epochs, retrain_epochs=retrain_epochs,
+    if list: return _list()
+    fields = dict(data=data, space=space, method=method, device=device, budget=budget, samples=samples, epochs=epochs, retrain_epochs=retrain_epochs,
                   channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, seed=seed)
     try: return _run({**fields, 'lambdas': parse_lambdas(lambdas)}, out, resume, overwrite)
     except (ValueError, TypeError, OSError, ImportError) as e:

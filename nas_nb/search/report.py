@@ -102,7 +102,7 @@ def page(report, traces=None, held_out=None):
     task, p = report['task'], report['predictor']
     claim = ''.join(f'<li><b class="{"" if c["holds"] else "no"}">{ {True: "Holds", False: "Fails", None: "Undecided"}[c["holds"]] }</b>: {html.escape(c["claim"])}. {html.escape(c["evidence"])}.</li>' for c in claims(report))
     body = [f'<p>{html.escape(task["name"])}: {task["train"]} training, {task["val"]} validation and {task["test"]} test images. Networks were picked by validation data; '
-            f'the test split was opened {task["test_opened"]} time(s), at the end.</p><ul>{claim}</ul>',
+            f'the test split was opened {task["test_opened"]} time(s), at the end. Search method: {html.escape(report["config"].get("method", "not named"))}.</p><ul>{claim}</ul>',
             '<h2>Found networks</h2>', _html_table(report['networks'], _COLUMNS), '<h2>Random networks</h2>', _html_table(report['random'], _COLUMNS)]
     body += [f'<h2>{html.escape(title)}</h2><p>{html.escape(words)}</p>{_picture(ax, f"{title}. {words}")}' for title, words, ax in pictures(report, traces, held_out)]
     for title, record in (('Predictor', p), ('Seconds', report['seconds']), ('Configuration', report['config']), ('Machine', report['env'])):
