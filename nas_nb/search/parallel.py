@@ -154,13 +154,16 @@ def check_replicas(what: str, tree: dict):
     other = [r for r, n in enumerate(numbers) if n != numbers[0]]
     if other: raise RuntimeError(f'{what} of processes {other} differ from those of process 0: allowed are equal ones')
 
+# %% ../../nbs/search/parallel.ipynb #c97b407f
 class JointCheckpoints(Checkpoints):
     """`Checkpoints` that process 0 writes and reads for all; only it needs the folder.
 
     `save` is a RuntimeError where the processes hold different networks."""
     def __init__(self, folder, name='search', keep=2):
         self.folder, self.name, self.keep, self.damaged = folder, name, keep, []
-        self.first = _from_first_only(lambda: Checkpoints(folder, name, keep))
+        made = []
+        _from_first(lambda: made.append(Checkpoints(folder, name, keep)))
+        self.first = made[0] if made else None
     @property
     def steps(self): return _from_first(lambda: self.first.steps)
     def save(self, step, tree):
@@ -168,12 +171,6 @@ class JointCheckpoints(Checkpoints):
         return _from_first(lambda: self.first.save(step, tree))
     def latest(self, device='cpu'): return _from_first(lambda: self.first.latest(device))
     def clear(self): _from_first(lambda: self.first.clear())
-
-def _from_first_only(make):
-    "What `make()` gives on process 0, None on the others; its exception on all."
-    made = []
-    _from_first(lambda: made.append(make()))
-    return made[0] if made else None
 
 # %% ../../nbs/search/parallel.ipynb #10a8fe92
 @contextmanager
