@@ -117,6 +117,7 @@ def sample(self: ChannelSpace, generator, connected=True):
         bits = generator.integers(2, size=self.n)
         if bits.any() or not connected: return self.kept(np.flatnonzero(bits))
 
+# %% ../../nbs/search/width.ipynb #f0a0fbc4
 @patch
 def to_str(self: ChannelSpace, g):
     "A digit 0 or 1 for each channel."
