@@ -283,11 +283,15 @@ def _sensitivities(f, edges, outputs):
     return [None if col[0] is None else torch.stack(col) for col in zip(*rows)]
 
 # %% ../../nbs/lens/layer_factors.ipynb #f4c15b74
+def _state(model):
+    "All parameters and buffers, once for each module that holds them: name -> tensor."
+    return {f'{n}.{k}' if n else k: t for n, m in model.named_modules() for k, t in (*m._parameters.items(), *m._buffers.items()) if t is not None}
+
 def sample_jacobian(model, params, x, output_chunk=None):
     "The gradients of each output of each sample in `params` (name -> Parameter), by plain differentiation: name -> [O, N, size]."
     if not params: return {}
-    frozen = {k: t.detach() for k, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
-    names = {k: [j for j, q in model.named_parameters(remove_duplicate=False) if q is p] for k, p in params.items()}   # tied: all places
+    state = _state(model)
+    frozen, names = {k: t.detach() for k, t in state.items()}, {k: [j for j, q in state.items() if q is p] for k, p in params.items()}   # tied: all places
     def outputs(values, one):
         tied = {j: values[k] for k in values for j in names[k]}
         return functional_call(model, {**frozen, **tied}, (one[None],), tie_weights=False)[0].reshape(-1)

@@ -13,8 +13,9 @@ import torch
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call, jvp
-from .layer_factors import FactorPlan, Outer, PlanChanged, check_input, exact_arithmetic, record, trainable
+from torch.func import functional_call, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+from .layer_factors import FactorPlan, Outer, PlanChanged, check_input, exact_arithmetic, record, sample_jacobian, trainable
 
 # %% ../../nbs/lens/ntk.ipynb #36bfcb38
 _TILE = 256                                                            # rows of a tile: 256 kB in float32, stays in cache
@@ -82,8 +83,9 @@ def _choose(shape, n, O, outputs, channelwise):
     if not channelwise: del count['channels']
     return min(count, key=count.get)
 
-def _units(plan, uses, n, outputs, split):
-    "Units of `{name: [Outer or gradients, ...]}`; with `split`, one for each parameter."
+# %% ../../nbs/lens/ntk.ipynb #e40ef27b
+def _units(plan, uses, n, outputs, split, chosen=slice(None)):
+    "Units of `{name: [Outer or gradients, ...]}` of the `chosen` outputs; with `split`, one for each parameter."
     groups = {}
     for name, parts in uses.items():
         if not parts: continue
@@ -91,8 +93,9 @@ def _units(plan, uses, n, outputs, split):
                     bool(p.rows) == bool(parts[0].rows) for p in parts if isinstance(parts[0], Outer)) and isinstance(parts[0], Outer)
         if alike: groups.setdefault(name if split else tuple(id(p.d) for p in parts), []).append((name, parts))
         else: groups[name] = [(name, [sum(p.gradient() if isinstance(p, Outer) else p for p in parts)])]
-    return [_unit(plan, members, n, outputs) for members in groups.values()]
+    return [_unit(plan, members, n, outputs, chosen) for members in groups.values()]
 
+# %% ../../nbs/lens/ntk.ipynb #3445e925
 def _beside(us):
     "Inputs u [N, G, S, k] of several parameters in one tensor, positions running fastest where they do so in the first."
     if len(us) == 1: return us[0]
@@ -101,17 +104,17 @@ def _beside(us):
     for part, u in zip(out.split([u.shape[3] for u in us], 3), us): part.copy_(u)
     return out
 
-def _unit(plan, members, n, outputs):
+def _unit(plan, members, n, outputs, chosen):
     names, parts = tuple(k for k, _ in members), members[0][1]
     if not isinstance(parts[0], Outer): return _Unit(names, None, parts[0])
     cat = lambda ts, dim: ts[0] if len(ts) == 1 else torch.cat(ts, dim)
     u = cat([p.u for p in parts], 2) if parts[0].rows else _beside([cat([p.u for p in ps], 2) for _, ps in members])
     outer = Outer(u, cat([p.d for p in parts], 3), parts[0].rows, len(parts) == 1 and parts[0].identity)
-    (G, S, K, C), O = outer.shape, plan.outputs
+    (_, S, K, C), O = outer.shape, plan.outputs
     way = 'pairs' if outer.identity else _choose(outer.shape, n, O, outputs, plan.channelwise >= set(names))
     if way == 'pairs': return _Unit(names, outer, None, True)
     if way == 'channels':
-        e = outer.per_channel(plan.head[:len(outer.d)])
+        e = outer.per_channel(plan.head[chosen])
         if e is None: raise _NotAProduct('sensitivities of the channels change from sample to sample')
         return _Unit(names, Outer(outer.u, e[None], outer.rows), None, head=plan.head, form=True)
     small = O*K*C < S*(O*C + (1 if outer.rows else K))                  # keep whichever has fewer numbers
@@ -141,6 +144,7 @@ def _add_channels(K, X, Y, w, outputs, same, room):
         if outputs == 'full': here.transpose(1, 2).add_(T.view(len(w), len(w), *here.shape[1::2]))
         else: here.add_(T.view(here.shape))
 
+# %% ../../nbs/lens/ntk.ipynb #f37e0feb
 def _add_unit(K, U, V, outputs, same, room):
     "Add unit U of the rows against unit V of the columns; `room`: numbers that gradients formed on the way may take."
     if U.head is not None: return _add_channels(K, U.gradients[0], V.gradients[0], U.head, outputs, same, room)
@@ -170,14 +174,19 @@ class _Layout:
     outputs: int     # outputs in one backward pass
     room: int        # numbers that gradients formed on the way may take
 
+def _saved(model, x, sizes=False):
+    "Numbers that autograd keeps of one sample, in all, or a list of the tensors' sizes."
+    saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        record(model, x[:1], ())
+    found = [t.numel() for k, t in saved.items() if k not in own]
+    return found if sizes else max(1, sum(found))
+
 def _sizes(plan, x, n, outputs, split):
     "Numbers a sample takes: kept; in a pass; in a pass for each output; and the least for gradients formed on the way."
-    saved, own = {}, {p.untyped_storage().data_ptr() for p in plan.model.parameters()}
-    with saved_tensors_hooks(lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
-        record(plan.model, x[:1], ())
-    saved = [t.numel() for k, t in saved.items() if k not in own]
+    saved = _saved(plan.model, x, sizes=True)
     _, uses = plan.factors(x[:1], slice(0, 1))
-    units, O = _units(plan, uses, n, outputs, split), plan.outputs
+    units, O = _units(plan, uses, n, outputs, split, slice(0, 1)), plan.outputs
     units = [u.formed() for u in units]
     outers = [u.outer for u in units if u.outer is not None]
     parts = [p for ps in uses.values() for p in ps]
@@ -219,11 +228,8 @@ def _collect(plan, x, first, layout, n, outputs, split, name):
         for o in range(0, O, layout.outputs):
             chosen = slice(None) if layout.outputs >= O else slice(o, o + layout.outputs)
             f, uses = plan.factors(part, chosen)
-            bad = (~torch.isfinite(f)).any(1)
-            if bool(bad.any()):
-                at = first + start + int(bad.nonzero()[0])
-                raise ValueError(f'model: the output for sample {at} of {name} is NaN or infinite; allowed are finite outputs')
-            units = _units(plan, uses, n, outputs, split)
+            _finite(f, first + start, name)
+            units = _units(plan, uses, n, outputs, split, chosen)
             del uses
             if len(part) == len(x) and chosen == slice(None): return [u.formed() for u in units]
             store = store or [_room_for(u, len(x), O) for u in units]
@@ -231,6 +237,7 @@ def _collect(plan, x, first, layout, n, outputs, split, name):
             for s, u in zip(store, units): _put(s, u, slice(start, start + len(part)), slice(o, o + layout.outputs))
     return store
 
+# %% ../../nbs/lens/ntk.ipynb #3e87ee81
 def _room_for(u, n, O):
     grow = lambda t, *shape: t.new_empty(O if u.head is None else 1, n, *(shape or t.shape[2:]))
     if u.form: return _Unit(u.names, None, grow(u.outer.d, math.prod(u.outer.shape)//u.outer.shape[1]), head=u.head)
@@ -239,7 +246,12 @@ def _room_for(u, n, O):
     return _Unit(u.names, Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity), None, u.pairs)
 
 def _put(s, u, at, o):
-    if u.form: u.formed(s.gradients[o if u.head is None else slice(None), at]); return
+    if u.head is not None:                                              # a channel is told by the output that says most about it
+        top, split = u.head.abs().argmax(0), lambda t: t.unflatten(1, (u.head.shape[1], -1))
+        mine = (o.start <= top) & (top < o.stop)
+        split(s.gradients[0, at])[:, mine] = split(u.formed().gradients[0])[:, mine]
+        return
+    if u.form: u.formed(s.gradients[o, at]); return
     if u.outer is None: s.gradients[o, at] = u.gradients; return
     s.outer.u[at] = u.outer.u
     if not s.outer.identity: s.outer.d[o, at] = u.outer.d
@@ -264,25 +276,71 @@ def _prepare(model, x1, x2, dtype):
                              f'allowed are equal ones')
     return model, x1, x2
 
+_METHODS = 'auto', 'factored', 'jacobian', 'ntvp'
+
 def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memory=2**30, dtype=None):
     """Empirical neural tangent kernel of `model` between x1 [N1, ...] and x2 [N2, ...] (None: x1, symmetric, about half the work).
 
     outputs: 'full' [N1, N2, O, O], 'diag' [N1, N2, O] (equal outputs), 'trace' [N1, N2] (their sum). Frozen parameters do not count.
     layers=True: dict, parameter name -> its component; they sum to the kernel. No gradient flows through the result.
-    method: 'auto', layer factors, and the plain Jacobian for parameters without a rule; 'factored', ValueError if there are such;
-    'jacobian', everything plain. memory: bytes beyond model, data and result. dtype: compute in it (a copy of the model); half precision
+    method: 'auto', layer factors, and for parameters without a rule what costs fewer operations; 'factored', ValueError if there are
+    such; 'jacobian', plain Jacobians and their product; 'ntvp', kernel-vector products, a derivative along each gradient. memory: bytes beyond model, data and result. dtype: compute in it (a copy of the model); half precision
     only if asked for. Errors: ValueError or TypeError naming model, x1, x2, outputs, method or memory. Source: Engel et al. (2022)."""
     if outputs not in ('full', 'trace', 'diag'): raise ValueError(f"outputs={outputs!r}: allowed are 'full', 'trace', 'diag'")
-    if method not in ('auto', 'factored', 'jacobian'): raise ValueError(f"method={method!r}: allowed are 'auto', 'factored', 'jacobian'")
+    if method not in _METHODS: raise ValueError(f'method={method!r}: allowed are {", ".join(map(repr, _METHODS))}')
     model, x1, x2 = _prepare(model, x1, x2, dtype)
-    with torch.inference_mode(False), exact_arithmetic(x1.device):
-        plan = FactorPlan(model, x1, rules=method != 'jacobian')
-        if method == 'factored' and plan.plain: raise ValueError(f"method='factored': no rule for {plan.plain}; allowed is 'auto'")
-        x2 = x1 if x2 is None else x2
-        try: return _some_way(_kernel, plan, x1, x2, outputs, layers, memory)
-        except PlanChanged as e:
-            if method == 'factored': raise ValueError(f"method='factored': {e}; allowed is 'auto' or 'jacobian'") from e
-            return _kernel(FactorPlan(model, x1, rules=False), x1, x2, outputs, layers, memory)
+    x2 = x1 if x2 is None else x2
+    with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(model, x1, x2, outputs, layers, method, memory)
+    order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
+    total = {k: b.permute(order) for k, b in total.items()}
+    _check_finite(total, x1 is x2)
+    return total if layers else total['']
+
+# %% ../../nbs/lens/ntk.ipynb #8d2c5ec4
+def _total(model, x1, x2, outputs, layers, method, memory):
+    plan = FactorPlan(model, x1, rules=method in ('auto', 'factored'))
+    if method == 'factored' and plan.plain: raise ValueError(f"method='factored': no rule for {plan.plain}; allowed is 'auto'")
+    if method == 'ntvp':
+        for x, name in ((x1, 'x1'), (x2, 'x2')): _finite(model(x), 0, name)
+        return _by_products(plan, list(plan.params), x1, x2, outputs, layers, memory)
+    try: total = _some_way(_kernel, _split_plain(plan, x1, x2, outputs) if method == 'auto' else plan, x1, x2, outputs, layers, memory)
+    except PlanChanged as e:
+        if method == 'factored': raise ValueError(f"method='factored': {e}; allowed is 'auto' or 'jacobian'") from e
+        return _kernel(FactorPlan(model, x1, rules=False), x1, x2, outputs, layers, memory)
+    if not plan.elsewhere: return total
+    try: rest = _by_products(plan, sorted(plan.elsewhere), x1, x2, outputs, layers, memory)
+    except (RuntimeError, NotImplementedError):                        # no forward derivative of something
+        plan.elsewhere = set()
+        return _some_way(_kernel, plan, x1, x2, outputs, layers, memory)
+    for k, b in rest.items(): total[k] += b
+    return total
+
+def _split_plain(plan, x1, x2, outputs):
+    "Leave the plain parameters to kernel-vector products where these cost fewer operations than Jacobians."
+    if not plan.plain: return plan
+    n, m, O, half = len(x1), len(x2), plan.outputs, 1 if x1 is x2 else 2
+    with FlopCounterMode(display=False) as counter: record(plan.model, x1[:1], ())
+    contraction = half*n*m*(O*O if outputs == 'full' else O)*sum(plan.params[k].numel() for k in plan.plain)
+    if half*n*m*O*counter.get_total_flops() > contraction/2: return plan           # half: a batched derivative runs slower than a product
+    plan.elsewhere = set(plan.plain)
+    return plan
+
+# %% ../../nbs/lens/ntk.ipynb #ac27d703
+def _finite(f, first, name):
+    "ValueError naming the first sample whose outputs f [N, ...] are not all finite; `first` is the number of f[0]."
+    bad = (~torch.isfinite(f)).flatten(1).any(1) if f.dim() > 1 else ~torch.isfinite(f)
+    if bool(bad.any()):
+        raise ValueError(f'model: the output for sample {first + int(bad.nonzero()[0])} of {name} is NaN or infinite; allowed are finite outputs')
+
+def _check_finite(total, same):
+    "ValueError naming a sample whose gradients are not finite though its outputs are."
+    for k, K in total.items():
+        bad = ~torch.isfinite(K)
+        if not bool(bad.any()): continue
+        rows, columns = (bad.flatten(1).all(1) if d == 0 else bad.transpose(0, 1).flatten(1).all(1) for d in (0, 1))
+        rows, columns = (t.nonzero().flatten().tolist() for t in (rows, columns))
+        where = f'sample {rows[0]} of x1' if rows else f'sample {columns[0]} of x2' if columns and not same else 'some samples'
+        raise ValueError(f'model: gradients of {where}{" in " + k if k else ""} are NaN or infinite; allowed are finite ones')
 
 # %% ../../nbs/lens/ntk.ipynb #c8857135
 def _zeros(x, O, n, m, outputs):
@@ -303,9 +361,7 @@ def _kernel(plan, x1, x2, outputs, split, memory):
             for U, V in zip(rows, columns): _add_unit(block[U.names[0] if split else ''], U, V, outputs, mine, layout.room)
             for k, b in block.items(): _place(total[k], b, r, c, outputs, mine, same and not mine, single)
             del columns, block
-    order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
-    total = {k: b.permute(order) for k, b in total.items()}
-    return total if split else total['']
+    return total
 
 def _some_way(work, plan, *args):
     "`work(plan, *args)`, without the short cut of channelwise layers where it turns out not to hold."
@@ -313,6 +369,7 @@ def _some_way(work, plan, *args):
     except _NotAProduct: plan.channelwise = set()
     return work(plan, *args)
 
+# %% ../../nbs/lens/ntk.ipynb #a5ce2d18
 def _place(K, block, r, c, outputs, mirror, twice, single):
     "Write a block at sample offsets (r, c); `mirror`: complete it below its diagonal; `twice`: also its transpose at (c, r)."
     n, m = block.shape[-3 if outputs == 'full' else -2], block.shape[-1]
@@ -324,6 +381,46 @@ def _place(K, block, r, c, outputs, mirror, twice, single):
     else: K[..., r:r + n, c:c + m] = block
     if twice and outputs == 'full': K[:, c:c + m, :, r:r + n] = block.permute(2, 3, 0, 1)
     elif twice: K[..., c:c + m, r:r + n] = block.mT
+
+# %% ../../nbs/lens/ntk.ipynb #3aa1b4b6
+def _columns(f, values, split, J, n):
+    "Derivatives of f in the directions of the gradients J (name -> [O, c, size]): name or '' -> [O, c, n, O]."
+    shaped = {k: j.flatten(0, 1).unflatten(1, values[k].shape) if values[k].dim() else j.flatten() for k, j in J.items()}
+    O, c = next(iter(J.values())).shape[:2]
+    along = lambda names: vmap(lambda *t: jvp(lambda *p: f({**values, **dict(zip(names, p))}), tuple(values[k] for k in names), t)[1])
+    groups = [[k] for k in values] if split else [list(values)]
+    return {g[0] if split else '': along(g)(*(shaped[k] for k in g)).view(O, c, n, O) for g in groups}
+
+def _by_products(plan, names, x1, x2, outputs, split, memory):
+    "The part of the kernel that belongs to the parameters `names`, by kernel-vector products."
+    O, P, same = plan.outputs, sum(plan.params[k].numel() for k in names), x1 is x2
+    values = {k: plan.params[k].detach() for k in names}
+    size, saved = next(iter(values.values())).element_size(), _saved(plan.model, x1)
+    least, limit = O*(3*P + 4*saved), memory//size
+    if limit < least: raise ValueError(f'memory={memory:,} bytes: one sample against one needs at least {least*size:,} bytes')
+    c = int(max(1, min(len(x2), 16, limit//(2*least))))
+    r = int(max(1, min(len(x1), (limit - 3*c*O*P)//(4*c*O*saved))))
+    total = {k: _zeros(next(iter(values.values())), O, len(x1), len(x2), outputs) for k in (names if split else [''])}
+    for b in range(0, len(x2), c):
+        J = sample_jacobian(plan.model, {k: plan.params[k] for k in names}, x2[b:b + c])
+        for a in range(b if same else 0, len(x1), r):
+            part = x1[a:a + r]
+            f = lambda p: functional_call(plan.model, p, (part,)).reshape(len(part), -1)
+            for k, T in _columns(f, values, split, J, len(part)).items(): _put_columns(total[k], T, a, b, outputs, same)
+    return total
+
+# %% ../../nbs/lens/ntk.ipynb #cb452798
+def _put_columns(K, T, a, b, outputs, same):
+    "Write T [O, c, n, O] (column outputs first) at rows a, columns b; of a symmetric kernel the mirrored entries too."
+    T = T.permute(3, 2, 0, 1)                                           # [O, n, O, c]
+    if outputs == 'full':
+        if same: K[:, b:b + T.shape[3], :, a:a + T.shape[1]] = T.permute(2, 3, 0, 1)
+        K[:, a:a + T.shape[1], :, b:b + T.shape[3]] = T
+        return
+    T = T.diagonal(dim1=0, dim2=2).permute(2, 0, 1)                    # [O, n, c]
+    if outputs == 'trace': T = T.sum(0)
+    if same: K[..., b:b + T.shape[-1], a:a + T.shape[-2]] = T.mT
+    K[..., a:a + T.shape[-2], b:b + T.shape[-1]] = T
 
 # %% ../../nbs/lens/ntk.ipynb #f8e99349
 def ntk_matvec(model, x1, v, x2=None, chunk=256):
