@@ -6,8 +6,9 @@
 __all__ = ['METERS', 'UnmeasurableError', 'count_flops', 'count_parameters', 'saved_memory', 'check_peak_memory', 'peak_memory',
            'RaplCounter', 'NvmlCounter', 'energy_counter', 'energy_per_call', 'missing_meters', 'meter_networks']
 
-# %% ../../nbs/cost/meter.ipynb #5c2dc7b1
+# %% ../../nbs/cost/meter.ipynb #583ccaf7
 import contextlib, copy, ctypes, gc, time
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
@@ -163,10 +164,10 @@ def _check_meters(networks, quantities):
         plain = [name for name, net in networks.items() if not isinstance(net, nn.Module)]
         if q in quantities and plain: raise TypeError(f'quantities: {q!r} of {plain}; allowed are modules, a plain callable has none')
 
-# %% ../../nbs/cost/meter.ipynb #f7238016
+# %% ../../nbs/cost/meter.ipynb #8cc4617b
 def meter_networks(networks, x, quantities=('latency', 'flops', 'parameters'), *, device='cpu', backend='eager', threads=1, rounds=30,
                    seconds=1., seed=0, powercap='/sys/class/powercap'):
-    """The chosen `quantities` (of `METERS`) of each network for one call on `x` [batch, ...]: name -> quantity -> `Quantity`.
+    """The chosen `quantities` (of `METERS`) of each network for one call on `x` [batch, ...], or `x[name]`: name -> quantity -> `Quantity`.
 
     `networks`: name -> module or callable; `device`, `backend`, `threads`, `rounds`, `seed` as in `measure`; `seconds` for which energy
     is read. `peak_memory` is that of one call in inference mode. Operations, parameters and memory for training do not depend on the backend.
@@ -176,19 +177,20 @@ def meter_networks(networks, x, quantities=('latency', 'flops', 'parameters'), *
     missing = missing_meters(device, powercap)
     for q in quantities:
         if q in missing: raise UnmeasurableError(missing[q])
-    x, out = x.to(device), {name: {} for name in networks}
+    x = {name: (x[name] if isinstance(x, dict) else x).to(device) for name in networks}
+    out = {name: {} for name in networks}
     if {'latency', 'throughput'} & set(quantities):
         found = measure(networks, x, rounds=rounds, threads=threads, backend=backend, device=device, seed=seed)
         for name, l in found.items(): out[name] |= dict(latency=Quantity(l.ms, 'ms'), throughput=Quantity(1e3*l.batch/l.ms, '1/s'))
     with _quiet(networks.values(), threads):
         for name, net in networks.items():
             if not {'energy', 'peak_memory'} & set(quantities): break
-            call = _ready(net, x, backend, device, threads)
-            if 'energy' in quantities: out[name]['energy'] = energy_per_call(lambda: call(x), energy_counter(device, powercap), seconds)
-            if 'peak_memory' in quantities: out[name]['peak_memory'] = peak_memory(lambda: call(x), device)
+            call = partial(_ready(net, x[name], backend, device, threads), x[name])
+            if 'energy' in quantities: out[name]['energy'] = energy_per_call(call, energy_counter(device, powercap), seconds)
+            if 'peak_memory' in quantities: out[name]['peak_memory'] = peak_memory(call, device)
     plain = dict(saved_memory=saved_memory, flops=count_flops, parameters=lambda net, x: count_parameters(net))
     with _thread_count(threads):
         for name, net in networks.items():
             here = copy.deepcopy(net).to(device) if isinstance(net, nn.Module) else net
-            out[name] |= {q: f(here, x) for q, f in plain.items() if q in quantities}
+            out[name] |= {q: f(here, x[name]) for q, f in plain.items() if q in quantities}
     return {name: {q: found[q] for q in quantities} for name, found in out.items()}
