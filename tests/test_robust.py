@@ -50,7 +50,8 @@ def same_net(a, b):
 def same(a, b):
     same_net(a, b)
     assert a.genotype == b.genotype and a.stopped == b.stopped and len(a.history) == len(b.history)
-    for x, y in zip(a.history, b.history): assert {k: v for k, v in x.items() if k != 'weights'} == {k: v for k, v in y.items() if k != 'weights'}
+    for x, y in zip(a.history, b.history):
+        assert {k: v for k, v in x.items() if k != 'weights'} == {k: v for k, v in y.items() if k != 'weights'}
 
 @pytest.fixture
 def rising(monkeypatch):
@@ -60,14 +61,17 @@ def rising(monkeypatch):
 
 # --- resume --------------------------------------------------------------------------------------------------------------------------
 
-PLUGINS = {'monitor': lambda: [EigenMonitor(freq=2, images=20)], 'stop': lambda: [EarlyStop(**QUICK | dict(factor=50.))], 'drop path': lambda: [DropPath(.5)],
-           'teachers': lambda: [VotingTeachers(k=2)], 'bf16 teachers': lambda: [VotingTeachers(k=1, dtype=torch.bfloat16, vote='weighted')],
+PLUGINS = {'monitor': lambda: [EigenMonitor(freq=2, images=20)], 'stop': lambda: [EarlyStop(**QUICK | dict(factor=50.))],
+           'drop path': lambda: [DropPath(.5)],
+           'teachers': lambda: [VotingTeachers(k=2)],
+           'bf16 teachers': lambda: [VotingTeachers(k=1, dtype=torch.bfloat16, vote='weighted')],
            'random': lambda: [RandomSmoothing()], 'adversarial': lambda: [AdversarialSmoothing(steps=2)],
            'many': lambda: [VotingTeachers(k=1, every=2), RandomSmoothing(), DropPath(.2), EigenMonitor(freq=1, images=20)]}
 
 @pytest.mark.parametrize('name', PLUGINS)
 def test_a_search_with_it_resumes_bitwise(name, space, task, tmp_path):
-    run = lambda n, **k: run_search(space.supernet(1), task, plugins=[*PLUGINS[name](), KillAt(n)], budget=Budget(4, 20), relax=Gumbel(), seed=1, **k)
+    common = dict(budget=Budget(4, 20), relax=Gumbel(), seed=1)
+    run = lambda n, **k: run_search(space.supernet(1), task, plugins=[*PLUGINS[name](), KillAt(n)], **common, **k)
     whole = run(0)
     with pytest.raises(Killed): run(5, ckpt=tmp_path)
     assert Checkpoints(tmp_path, 'search').latest()[1]['state']['epoch'] == 2
@@ -93,7 +97,8 @@ def test_early_stop_ends_with_the_earlier_state(space, task, tmp_path, rising):
     run = lambda **k: run_search(space.supernet(0), task, plugins=[See(), stop], budget=BUDGET, **k)
     found = run(ckpt=tmp_path)
     assert found.stopped == 'the loss has sharpened at epoch 4: back to epoch 3' and found.state.epoch == 3 and len(found.history) == 3
-    assert all(torch.equal(v, seen[3][k]) for k, v in found.state.net.state_dict().items()) and not torch.equal(seen[3]['arch.logits.cell'], seen[4]['arch.logits.cell'])
+    assert all(torch.equal(v, seen[3][k]) for k, v in found.state.net.state_dict().items())
+    assert not torch.equal(seen[3]['arch.logits.cell'], seen[4]['arch.logits.cell'])
     assert stop.trace == [(1, 1.), (2, 1.), (3, 1.), (4, 2.)] and not stop.kept
     same(found, run(ckpt=tmp_path, resume=True))                                   # it stays stopped
 
@@ -131,10 +136,12 @@ def noisy():
 def test_measuring_changes_nothing_even_where_operations_draw(noisy, task):
     run = lambda *plugins: run_search(noisy.supernet(0), task, plugins=plugins, budget=Budget(3, 20))
     plain = run()
-    for plugin in (EigenMonitor(freq=1, images=20), EigenMonitor(freq=1, images=20, statistics='running'), VotingTeachers(lam=0.), EarlyStop(**QUICK | dict(factor=1e9))):
+    for plugin in (EigenMonitor(freq=1, images=20), EigenMonitor(freq=1, images=20, statistics='running'), VotingTeachers(lam=0.),
+                   EarlyStop(**QUICK | dict(factor=1e9))):
         same_net(plain, run(plugin))
     for plugin in (VotingTeachers(k=1), RandomSmoothing(), AdversarialSmoothing(steps=1), DropPath(.5)):
-        assert not torch.equal(plain.state.net.state_dict()['stem.0.weight'], run(plugin).state.net.state_dict()['stem.0.weight']), plugin
+        other = run(plugin).state.net.state_dict()
+        assert not torch.equal(plain.state.net.state_dict()['stem.0.weight'], other['stem.0.weight']), plugin
     same_net(plain, run(DropPath(0.)))
 
 def test_hooks_are_gone_at_the_end(space, task):
@@ -163,7 +170,8 @@ def test_both_groups_of_a_darts_space_jointly(task):
 def test_one_level_has_a_batch_and_an_eigenvalue(space, task):
     monitor = EigenMonitor(freq=1, images=30)
     found = run_search(space.supernet(0), task, level='one', plugins=[monitor], budget=Budget(2, 20))
-    assert [row['alpha_eigenvalue'] for row in found.history] == [value for _, value in monitor.trace] and len(arch_batch(found.state, 30)[1]) == 30
+    assert [row['alpha_eigenvalue'] for row in found.history] == [value for _, value in monitor.trace]
+    assert len(arch_batch(found.state, 30)[1]) == 30
 
 # --- R-DARTS -------------------------------------------------------------------------------------------------------------------------
 
@@ -182,8 +190,10 @@ def test_r_darts_resumes_and_chooses_the_best(kind, levels, space, task, tmp_pat
     (lambda: EigenMonitor(freq=0), 'freq=0'), (lambda: EigenMonitor(images=0), 'images=0'), (lambda: EigenMonitor(method='qr'), "method='qr'"),
     (lambda: EigenMonitor(statistics='all'), "statistics='all'"), (lambda: EarlyStop(window=0), 'window=0'), (lambda: EarlyStop(delta=0), 'delta=0'),
     (lambda: EarlyStop(factor=1.), 'factor=1.0'), (lambda: EarlyStop(start=-1), 'start=-1'), (lambda: AdaptiveReg(mul=1.), 'mul=1.0'),
-    (lambda: AdaptiveReg(max_wd=0.), 'max_wd=0.0'), (lambda: DropPath(1.), 'p=1.0'), (lambda: VotingTeachers(k=0), 'k=0'), (lambda: VotingTeachers(every=0), 'every=0'),
-    (lambda: VotingTeachers(lam=-1.), 'lam=-1.0'), (lambda: VotingTeachers(tau=0.), 'tau=0.0'), (lambda: VotingTeachers(vote='loud'), "vote='loud'"),
+    (lambda: AdaptiveReg(max_wd=0.), 'max_wd=0.0'), (lambda: DropPath(1.), 'p=1.0'), (lambda: VotingTeachers(k=0), 'k=0'),
+    (lambda: VotingTeachers(every=0), 'every=0'),
+    (lambda: VotingTeachers(lam=-1.), 'lam=-1.0'), (lambda: VotingTeachers(tau=0.), 'tau=0.0'),
+    (lambda: VotingTeachers(vote='loud'), "vote='loud'"),
     (lambda: VotingTeachers(dtype=torch.int8), 'torch.int8'), (lambda: RandomSmoothing(2.), 'radius=2.0'), (lambda: AdversarialSmoothing(steps=0), 'steps=0')])
 def test_bad_settings_are_named(make, text):
     with pytest.raises(ValueError) as e: make()
@@ -191,14 +201,16 @@ def test_bad_settings_are_named(make, text):
 
 @pytest.mark.parametrize('how, text', [
     (dict(plugins=[EarlyStop(), AdaptiveReg()]), 'two that go back'), (dict(plugins=[AdaptiveReg()], recipe=SearchRecipe(w_decay=0.)), 'w_decay=0.0'),
-    (dict(plugins=[RandomSmoothing()], level='one'), "level='one'"), (dict(plugins=[RandomSmoothing()], hyper=Split()), 'hyper=Split')])
+    (dict(plugins=[RandomSmoothing()], level='one'), "level='one'"),
+    (dict(plugins=[RandomSmoothing()], hyper=Split()), 'hyper=Split')])
 def test_impossible_searches_are_refused_before_any_step(how, text, space, task):
     with pytest.raises(ValueError) as e: run_search(space.supernet(0), task, budget=Budget(1, 20), **how)
     assert text in str(e.value)
 
 def test_bad_arguments_of_functions(space, task):
     s = run_search(space.supernet(0), task, budget=Budget(1, 20)).state
-    for call, text in [(lambda: arch_loss(s, arch_batch(s), 'all'), "statistics='all'"), (lambda: alpha_sharpness(s, arch_batch(s), 'flat'), "kind='flat'"),
+    for call, text in [(lambda: arch_loss(s, arch_batch(s), 'all'), "statistics='all'"),
+                       (lambda: alpha_sharpness(s, arch_batch(s), 'flat'), "kind='flat'"),
                        (lambda: alpha_sharpness(s, arch_batch(s), 'perturb', radius=0.), 'radius=0.0'), (lambda: lambda_max(s, arch_batch(s), 'qr'), "method='qr'"),
                        (lambda: r_darts(space, task, 'l1'), "kind='l1'"), (lambda: r_darts(space, task, levels=()), 'levels=()'),
                        (lambda: r_darts(space, task, levels=(-1.,)), 'levels=(-1.0,)')]:

@@ -52,9 +52,9 @@ class RandomSmoothing(Plugin):
         draws = {k: torch.rand(w.shape, generator=s.noise, device=w.device, dtype=w.dtype) for k, w in W.items()}
         return {k: clip_rows(w + radius * (2 * draws[k] - 1)) for k, w in W.items()}
 
-# %% ../../nbs/search/smooth.ipynb #abad5154
+# %% ../../nbs/search/smooth.ipynb #85cd1457
 class AdversarialSmoothing(RandomSmoothing):
-    """SDARTS-ADV: as `RandomSmoothing`, but delta is sought where the batch's training loss is largest, |delta| <= radius in each entry.
+    """SDARTS-ADV: as `RandomSmoothing`, but delta, at most the radius in each entry, is sought where the batch's training loss is largest.
 
     Projected gradient ascent from a random point: `steps` (7) steps along the sign of the gradient, of 2 radius/steps each. They
     normalise by the batch and leave running statistics alone. `steps` further passes an update. ValueError as there, and for steps < 1.
