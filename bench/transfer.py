@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from nas_nb.core.data import data_home
 from nas_nb.core.run import atomic_write
-from nas_nb.cost.predictor import encode, spearman
+from nas_nb.cost.encoding import encode
+from nas_nb.cost.predictor import spearman
 from nas_nb.cost.transfer import DevicePrior
 from nas_nb.space.cells import nb201_space
 

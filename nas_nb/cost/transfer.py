@@ -6,7 +6,7 @@
 __all__ = ['FLOOR', 'NOISES', 'OFFSET', 'SCALE', 'DESIGN_NOISE', 'RANKS', 'WIDTHS', 'factor_analysis', 'DevicePrior',
            'DevicePredictor', 'TransferCost']
 
-# %% ../../nbs/cost/transfer.ipynb #97ff569b
+# %% ../../nbs/cost/transfer.ipynb #be03d311
 import math
 import numpy as np
 import pandas as pd
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ..core.run import check_whole
 from .core import Cost
 from .expected import Multilinear
-from .predictor import LIVE, encode, spearman
+from .encoding import LIVE, encode
+from .predictor import spearman
 
 # %% ../../nbs/cost/transfer.ipynb #c657de91
 def factor_analysis(S, rank, steps=300):
