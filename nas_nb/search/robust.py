@@ -6,7 +6,7 @@
 __all__ = ['RobustSearch', 'arch_batch', 'arch_loss', 'alpha_hessian', 'dominant_eigenvalue', 'lambda_max', 'alpha_sharpness',
            'stop_epoch', 'EigenMonitor', 'EarlyStop', 'AdaptiveReg', 'DropPath', 'r_darts']
 
-# %% ../../nbs/search/robust.ipynb #b8819f97
+# %% ../../nbs/search/robust.ipynb #d8d79501
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -142,7 +143,7 @@ class EigenMonitor(Plugin):
     def state_dict(self): return dict(trace=list(self.trace))
     def load_state_dict(self, tree): self.trace = [tuple(pair) for pair in tree['trace']]
 
-# %% ../../nbs/search/robust.ipynb #29ce8f2c
+# %% ../../nbs/search/robust.ipynb #22961fb5
 class EarlyStop(EigenMonitor):
     """DARTS-ES: stops the search when `stop_epoch` says so, with everything as it was at the earlier epoch; the trace is kept whole.
 
@@ -170,23 +171,26 @@ class EarlyStop(EigenMonitor):
         back = stop_epoch(*zip(*self.trace), **self.rule)
         if back is not None: self.sharpened(s, max(back, min(self.kept)))
 
-    def sharpened(self, s, back: int):
-        "What to do: here, go back to the epoch `back` and stop."
-        now = s.epoch
-        self.return_to(s, back)
-        self.kept = {}
-        s.stop(f'the loss has sharpened at epoch {now}: back to epoch {back}')
-
-    def return_to(self, s, back: int):
-        "The search as it was after epoch `back`; this plug-in does not forget."
-        mine = self.state_dict()
-        s.restore(self.kept[back])
-        self.load_state_dict(mine)
-
     def state_dict(self): return super().state_dict() | dict(kept=self.kept)
     def load_state_dict(self, tree):
         super().load_state_dict(tree)
         self.kept = dict(tree['kept'])
+
+# %% ../../nbs/search/robust.ipynb #ef19fa4b
+@patch
+def sharpened(self: EarlyStop, s, back: int):
+    "What to do: here, go back to the epoch `back` and stop."
+    now = s.epoch
+    self.return_to(s, back)
+    self.kept = {}
+    s.stop(f'the loss has sharpened at epoch {now}: back to epoch {back}')
+
+@patch
+def return_to(self: EarlyStop, s, back: int):
+    "The search as it was after epoch `back`; this plug-in does not forget."
+    mine = self.state_dict()
+    s.restore(self.kept[back])
+    self.load_state_dict(mine)
 
 # %% ../../nbs/search/robust.ipynb #89238dd1
 class AdaptiveReg(EarlyStop):
