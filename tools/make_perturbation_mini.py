@@ -45,11 +45,15 @@ if __name__ == '__main__':
     folder = Path(__file__).resolve().parent.parent/'nbs/search'
     paths = folder/'perturbation_mini.csv', folder/'perturbation_edges.csv'
     tables = [pd.read_csv(path).to_dict('records') if path.exists() else [] for path in paths]
+    def write(table, path): atomic_write(path, pd.DataFrame(table).to_csv(index=False, float_format='%.5f'))
     for seed in range(int(sys.argv[1]) if sys.argv[1:] else 5):
         for supernet, plugins in SUPERNETS.items():
-            if any((r['supernet'], r['seed']) == (supernet, seed) for r in tables[0]): continue
+            found, judged = (any(r['seed'] == seed and r.get('supernet', supernet) == supernet for r in table) for table in tables)
+            if found and (judged or supernet == 'blank'): continue
             state = run_search(mini_space().supernet(seed), whole_task(), budget=Budget(30, 50), plugins=plugins, seed=seed).state
-            if supernet == 'first order': tables[1] = [r for r in tables[1] if r['seed'] != seed] + list(edges(seed, state))
-            tables[0] += picks(supernet, seed, state)
-            for path, table in zip(reversed(paths), reversed(tables)): atomic_write(path, pd.DataFrame(table).to_csv(index=False, float_format='%.5f'))
+            if not found: tables[0] += picks(supernet, seed, state)
+            write(tables[0], paths[0])
             print(pd.DataFrame(tables[0]).tail(4).to_string(), flush=True)
+            if supernet == 'blank': continue
+            tables[1] += edges(seed, state)
+            write(tables[1], paths[1])
