@@ -1,6 +1,6 @@
-"""Fit the latency predictor to 20 ... 500 of the 15,625 cells that HELP measured on a Xeon (gold_6226) and write its errors on 1000 others.
+"""Fit a table of times to 20 ... 500 of the 15,625 cells that HELP measured on a Xeon (gold_6226) and write its errors on 1000 others.
 
-    python tools/make_predictor_curve.py        needs nb201_latency.npz and nasbench201.npz in $NAS_NB_DATA; about 2 minutes on one core
+    python tools/make_predictor_curve.py        needs nb201_latency.npz and nasbench201.npz in $NAS_NB_DATA; about 20 seconds on one core
 
 Writes nbs/cost/predictor_curve.csv (the mean relative error, five draws of the samples; `constant`: of the samples' median as the prediction
 for all) and nbs/cost/predictor_points.csv (120 of the held-out cells, predicted by the first draw)."""
@@ -28,7 +28,7 @@ if __name__ == '__main__':
         truth = latency[held].astype(float)
         for n in SAMPLES:
             train = rest[:n + 1]                    # fit_predictor wants a test sample of its own: one more
-            fit = fit_predictor(space, [cells[i] for i in train], latency[train], test=1, live=False, seed=draw)
+            fit = fit_predictor(space, [cells[i] for i in train], latency[train], test=1, live=False, seed=draw, kind='table')
             predicted = fit.predict(space, [cells[i] for i in held]).predicted.to_numpy()
             error, constant = (float(np.abs(p/truth - 1).mean()) for p in (predicted, np.median(latency[train])))
             rows.append(dict(samples=n, draw=draw, error=error, constant=constant))

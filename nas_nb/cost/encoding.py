@@ -123,7 +123,7 @@ def graph_features(space, W, live=True):
                   torch.stack([depth[o] for o in outputs], -1).amax(-1, keepdim=True)]
     return torch.cat(parts, -1)
 
-# %% ../../nbs/cost/encoding.ipynb #4148d9f7
+# %% ../../nbs/cost/encoding.ipynb #45796984
 def feature_vector(space, W, live=True, graph=True):
     "[..., D]: `encode`, then `connection` or, with `graph`, `graph_features` (which begins with it). W a genotype or group -> [..., rows, n_ops]."
     if isinstance(W, Genotype): W = space.one_hot(W)
@@ -131,9 +131,9 @@ def feature_vector(space, W, live=True, graph=True):
 
 def table_columns(space, live=True, graph=True):
     """`(timed, base)` for `feature_vector`: bool [D], the columns of a table of times (operations but 'none'); and the column that carries the basic time,
-    None where it is a constant (`live=False`)."""
+    None where it is a constant (all but `live='read'`)."""
     _check_live(live)
     timed = [name != NONE for group, edges in space.groups.items() for _ in edges for name in space.candidates[group]]
     D = feature_vector(space, {g: torch.zeros(len(e), len(space.candidates[g])) for g, e in space.groups.items()}, live, graph).shape[-1]
-    base = len(timed) if live else None
+    base = len(timed) if live == 'read' else None
     return torch.tensor(timed + [live is not False] + [False]*(D - len(timed) - 1)), base
