@@ -155,16 +155,17 @@ class Perturbation:
         if s.level != 'bi': raise ValueError(f"level={s.level!r} with Perturbation: it leaves no images that did not train the weights; allowed is level='bi'")
         if not getattr(s.net.space, 'simplex', True): raise TypeError(f'space {s.net.space.name!r} has several operations on an edge: Perturbation decides for one')
 
-    def plan(self, s) -> list:
-        "The rounds: each a list of (group, row) of edges, or (group, None, node)."
-        rng, groups = np.random.default_rng(s.seed), s.net.space.groups
-        def mixed(items): return list(items) if self.order == 'forward' else [items[i] for i in rng.permutation(len(items))]
-        edges = [mixed([(group, row) for row in range(len(rows))]) for group, rows in groups.items()]
-        many = {g: [t for t in sorted({t for _, t in rows}) if sum(t == u for _, u in rows) > self.inputs] for g, rows in groups.items()}
-        nodes = [mixed([(group, None, t) for t in many[group]]) for group in groups] if _thinned(s.net.space) else []
-        return [[item for item in column if item] for column in (*zip_longest(*edges), *zip_longest(*nodes))]
+# %% ../../nbs/search/perturbation.ipynb #2d6d0a94
+@patch
+def plan(self: Perturbation, s) -> list:
+    "The rounds: each a list of (group, row) of edges, or (group, None, node)."
+    rng, groups = np.random.default_rng(s.seed), s.net.space.groups
+    def mixed(items): return list(items) if self.order == 'forward' else [items[i] for i in rng.permutation(len(items))]
+    edges = [mixed([(group, row) for row in range(len(rows))]) for group, rows in groups.items()]
+    many = {g: [t for t in sorted({t for _, t in rows}) if sum(t == u for _, u in rows) > self.inputs] for g, rows in groups.items()}
+    nodes = [mixed([(group, None, t) for t in many[group]]) for group in groups] if _thinned(s.net.space) else []
+    return [[item for item in column if item] for column in (*zip_longest(*edges), *zip_longest(*nodes))]
 
-# %% ../../nbs/search/perturbation.ipynb #50867f32
 @patch
 def start(self: Perturbation, s):
     "Begin a selection: everything open. ValueError where nothing is."
@@ -185,6 +186,7 @@ def goodness(self: Perturbation, quality: tuple) -> tuple:
     "What is compared of an (accuracy, loss): the criterion, and where it is equal the other one."
     return (quality[0], -quality[1]) if self.criterion == 'acc' else (-quality[1], quality[0])
 
+# %% ../../nbs/search/perturbation.ipynb #707def47
 @patch
 def decide_edge(self: Perturbation, s, group, row):
     "Give an edge to one operation; of those that still leave a way from input to output."
