@@ -1,21 +1,26 @@
-"""The empirical tangent kernel against the Jacobian contraction of PyTorch's tutorial (torch.func), in one process, taking turns.
+"""The empirical tangent kernel against PyTorch's tutorial (torch.func), TorchNTK and neural-tangents, taking turns.
 
-    python bench/ntk.py [--quick] [--json] [--threads 2]
+    python bench/ntk.py [--quick] [--json] [--threads 2] [--neural-tangents PYTHON]
 
 Each row checks that both give the same kernel (relative difference, in float32 and once in float64) and gives the ratio of medians, > 1 where layer factors are
 faster or smaller. Where the tutorial's two Jacobians do not fit `--room` GB its rows are taken in chunks of samples. Memory is the peak of the process beyond the
-start of the call, each side in a process of its own. `--quick` ends in a minute, with fewer samples in the first row."""
-import argparse, json, os, subprocess, sys, time
+start of the call, each side in a process of its own. Operations are those of `ntk_flops`, and their share of the speed of a matrix product measured
+in the same run. TorchNTK's two methods are written anew from its published source: its explicit one leaves out the biases. neural-tangents needs an environment
+of its own (`pip install neural-tangents==0.6.5 jax==0.4.25 jaxlib==0.4.25 'numpy<2' 'scipy<1.13'`), whose Python `--neural-tangents` names; it answers from there
+when asked, in turns with ours. `--quick` ends in a minute, with fewer samples."""
+import argparse, json, math, os, subprocess, sys, tempfile, time
 import numpy as np, torch
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from nas_nb.lens.ntk import ntk
+from nas_nb.lens.ntk_cost import ntk_flops
 
 def mlp(): return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 def conv():
     return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
                          nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-MODELS = {'mlp': (mlp, (784,)), 'conv': (conv, (3, 32, 32))}
+def single(): return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
+MODELS = {'mlp': (mlp, (784,)), 'conv': (conv, (3, 32, 32)), 'single': (single, (64,))}
 
 def make(name, n, dtype=torch.float32):
     torch.manual_seed(0)
@@ -35,6 +40,82 @@ def tutorial_chunked(model, x, room):
     size = sum(p.numel() for p in model.parameters())*10*x.element_size()
     step = max(1, min(len(x), int(room/(3*size))))
     return torch.cat([torch.cat([tutorial(model, a, b) for b in x.split(step)], 1) for a in x.split(step)]) if step < len(x) else tutorial(model, x, x)
+
+def explicit(model, x):
+    "TorchNTK's explicit method: inputs and sensitivities of dense layers by hand, columns are samples; weights only, no biases."
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        inputs, slopes = [x.T], []
+        for layer in layers[:-1]:
+            h = layer(inputs[-1].T).T
+            inputs.append(torch.relu(h)); slopes.append((h > 0).to(h.dtype))
+        S, parts = torch.ones(1, 1), []
+        for l in range(len(layers) - 1, -1, -1):
+            parts.append((S.T @ S)*(inputs[l].T @ inputs[l]))
+            if l: S = slopes[l - 1]*(S.T @ layers[l].weight).T
+        return torch.stack(parts).sum(0)
+
+def by_autograd(model, x):
+    "TorchNTK's autograd method: for each parameter a backward pass of every sample through the graph of the whole batch."
+    y, total = model(x)[:, 0], 0
+    params = list(model.parameters())
+    for p in params: p.requires_grad_(False)
+    for p in params:
+        p.requires_grad_(True)
+        rows = []
+        for n in range(len(y)):
+            model.zero_grad()
+            y[n].backward(create_graph=True)
+            rows.append(p.grad.detach().reshape(-1).clone())
+        J = torch.stack(rows)
+        total = total + J @ J.T
+        p.requires_grad_(False)
+    for p in params: p.requires_grad_(True); p.grad = None
+    return total
+
+WORKER = """
+import sys, time, numpy as np, jax, neural_tangents as nt
+data = np.load(sys.argv[1]); x = data['x']; params = [(data[f'w{i}'], data[f'b{i}']) for i in range(3)]
+def apply_fn(params, x, **_):
+    for i, (w, b) in enumerate(params):
+        x = x @ w + b
+        if i < 2: x = jax.nn.relu(x)
+    return x
+kernel = jax.jit(nt.empirical_ntk_fn(apply_fn, trace_axes=(), vmap_axes=0, implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES))
+def timed():
+    start = time.perf_counter(); K = kernel(x, None, params).block_until_ready()
+    return K, 1e3*(time.perf_counter() - start)
+K, first = timed(); np.save(sys.argv[2], np.asarray(K)); print(first, flush=True)
+for line in sys.stdin: print(timed()[1], flush=True)
+"""
+
+def neural_tangents(python, model, x, rounds, threads):
+    "Medians in ms of ours and theirs in the steady state, theirs with its first call (compilation), and the relative difference."
+    with tempfile.TemporaryDirectory() as folder:
+        linear = [m for m in model if isinstance(m, nn.Linear)]
+        np.savez(f'{folder}/in.npz', x=x.numpy(), **{f'{k}{i}': getattr(m, n).detach().numpy().T for i, m in enumerate(linear) for k, n in (('w', 'weight'), ('b', 'bias'))})
+        flags = f'--xla_cpu_multi_thread_eigen={"true" if threads > 1 else "false"} intra_op_parallelism_threads={threads}'
+        env = {**os.environ, 'XLA_FLAGS': flags, 'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': 'cpu'}
+        with subprocess.Popen([python, '-c', WORKER, f'{folder}/in.npz', f'{folder}/out.npy'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True, env=env) as peer:
+            first, K, times = float(peer.stdout.readline()), ntk(model, x), ([], [])
+            theirs = torch.from_numpy(np.load(f'{folder}/out.npy'))
+            for _ in range(rounds):
+                start = time.perf_counter(); ntk(model, x); times[0].append(1e3*(time.perf_counter() - start))
+                peer.stdin.write('go\n'); peer.stdin.flush(); times[1].append(float(peer.stdout.readline()))
+            peer.stdin.close()
+    return *(float(np.median(t)) for t in times), first, float((K - theirs).abs().max()/K.abs().max())
+
+def product_speed():
+    "Operations per ms of a float32 matrix product of 1024 x 1024, the best of 20."
+    a, best = torch.randn(1024, 1024), math.inf
+    for _ in range(20): start = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - start)
+    return 2*1024**3/best/1e3
+
+def work(model, x, took, peak):
+    "Operations in billions of ours and of the tutorial (two Jacobians, a full product), and the share of a matrix product's speed that ours reaches."
+    ours, theirs = ntk_flops(model, x), ntk_flops(model, x, method='jacobian')
+    return dict(gflop=ours['total']/1e9, gflop_tutorial=2*theirs['total']/1e9, share_of_peak=ours['total']/took/peak)
 
 def alternate(ours, peer, rounds, peer_rounds):
     "Medians in ms and the largest relative difference of results."
@@ -64,14 +145,29 @@ def measure_peak(who, name, n, outputs):
     print(status('VmHWM') - before)
 
 def rows(args):
+    peak_speed = product_speed()
+    yield dict(name='matrix_product_peak', ours=peak_speed/1e6, unit='GFLOP/s', n=20)
     n = 24 if args.quick else 128
     model, x = make('mlp', n)
     ours, peer, off = alternate(lambda: ntk(model, x), lambda: tutorial_chunked(model, x, args.room*2**30), 5, 1 if args.quick else 2)
-    yield dict(name=f'mlp_784_512_512_10_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off)
+    yield dict(name=f'mlp_784_512_512_10_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
+    if args.neural_tangents:
+        ours, peer, first, off = neural_tangents(args.neural_tangents, model, x, 5 if args.quick else 15, args.threads)
+        yield dict(name=f'mlp_n{n}_neural_tangents', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=15, difference=off)
+        yield dict(name=f'mlp_n{n}_neural_tangents_first', ours=ours, peer=first, ratio=first/ours, unit='ms', n=1)
+    else: print('neural-tangents: skipped, --neural-tangents names the Python of an environment that has it', file=sys.stderr)
+    model, x = make('single', 128 if args.quick else 256)
+    weights = lambda: sum(v for k, v in ntk(model, x, outputs='trace', layers=True).items() if k.endswith('weight'))
+    off = float((weights() - explicit(model, x)).abs().max()/explicit(model, x).abs().max())
+    ours, peer, _ = alternate(lambda: ntk(model, x, outputs='trace'), lambda: explicit(model, x), 41, 41)
+    yield dict(name=f'single_n{len(x)}_torchntk_explicit', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=41, difference=off,
+               note='ours with biases; difference: of the weights alone')
+    ours, peer, off = alternate(lambda: ntk(model, x, outputs='trace'), lambda: by_autograd(model, x), 5, 1)
+    yield dict(name=f'single_n{len(x)}_torchntk_autograd', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
     n = 32 if args.quick else 64
     model, x = make('conv', n)
     ours, peer, off = alternate(lambda: ntk(model, x), lambda: tutorial(model, x, x), 5 if args.quick else 9, 3)
-    yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off)
+    yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
     a, b = (peak(who, 'conv', 64, args.threads) for who in ('ours', 'peer'))
     yield dict(name='conv_16_32_64_n64_peak', ours=a, peer=b, ratio=b/a, unit='MB', n=1)
     for name, k in (('mlp', 6), ('conv', 6)):
@@ -87,6 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true'); parser.add_argument('--json', action='store_true')
     parser.add_argument('--threads', type=int, default=2); parser.add_argument('--room', type=float, default=12, help='GB for the tutorial')
+    parser.add_argument('--neural-tangents', metavar='PYTHON', help='Python of an environment with neural-tangents')
     parser.add_argument('--peak', nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -95,6 +192,7 @@ def main():
     for row in rows(args):
         row = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()}
         if args.json: print(json.dumps(row), flush=True)
-        else: print(f'{row["name"]:<32}{row["ours"]:>12}{row.get("peer", ""):>12}{row.get("ratio", ""):>9}  {row["unit"]:<10}{row.get("difference", "")}', flush=True)
+        else: print(f'{row["name"]:<32}{row["ours"]:>12}{row.get("peer", ""):>12}{row.get("ratio", ""):>9}  {row["unit"]:<10}{row.get("difference", "")}'
+                   + (f'  {row["gflop"]} GFLOP, tutorial {row["gflop_tutorial"]}; {row["share_of_peak"]:.0%} of peak' if 'gflop' in row else ''), flush=True)
 
 if __name__ == '__main__': main()

@@ -5,6 +5,8 @@ from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from nas_nb.lens.layer_factors import FactorPlan, sample_gradients
 from nas_nb.lens.ntk import NTKSpectrum, kernel_regression, ntk, ntk_matvec, ntk_trace
+from nas_nb.lens.ntk_cost import ntk_cost, ntk_many
+from nas_nb.space.mini import mini_space
 
 def by_jacobian(model, x1, x2):
     "The kernel by plain Jacobians, independent of the package."
@@ -142,3 +144,73 @@ before = status('VmRSS'); ntk(model, x, memory=32*2**20); print(status('VmHWM') 
     used = float(done.stdout)
     if used < 0: pytest.skip('the high-water mark cannot be reset here')
     assert used < 1.5*32 + 8, used
+
+@pytest.mark.parametrize('seed', range(0, 16, 3))
+def test_three_methods_one_kernel(seed):
+    model, x, z = random_network(seed)
+    for other in (None, z):
+        want = ntk(model, x, other, method='jacobian')
+        for memory in (2**30, 2_000_000): torch.testing.assert_close(ntk(model, x, other, method='ntvp', memory=memory), want, rtol=1e-9, atol=1e-10*float(want.abs().max()))
+
+def test_a_mean_that_only_some_samples_take():
+    "Sensitivities are products of head and position for the first samples, and not for later ones: the short cut must notice."
+    class Late(nn.Module):
+        def __init__(self): super().__init__(); self.body, self.head = nn.Conv1d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        def forward(self, x):
+            h = torch.tanh(self.body(x))
+            mixed = h.flip(1)*h.roll(1, 1)                              # channels interact where the sample says so
+            return self.head(torch.where((x[:, :1, :1] > 0), mixed, h).mean(2))
+    torch.manual_seed(0)
+    model, x = Late().double(), torch.randn(40, 2, 9, dtype=torch.float64)
+    x[:, 0, 0] = -x[:, 0, 0].abs(); x[30:, 0, 0] = 1
+    assert FactorPlan(model, x).channelwise == {'body.weight', 'body.bias'}
+    want = by_jacobian(model, x, x)
+    for outputs, w in (('full', want), ('trace', torch.einsum('nmoo->nm', want)), ('diag', want.diagonal(dim1=2, dim2=3))):
+        torch.testing.assert_close(ntk(model, x, outputs=outputs), w, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(ntk(model, x[:30], outputs=outputs), w[:30, :30], rtol=1e-9, atol=1e-10)
+    assert ntk_trace(model, x) == pytest.approx(float(torch.einsum('nnoo->', want)), rel=1e-9)
+
+def test_many_outputs_without_a_rule_go_by_products():
+    "A plain parameter and many outputs: `auto` takes kernel-vector products for it, and the sum is right."
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.w, self.b = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 60)), nn.Linear(60, 40)
+        def forward(self, x): return self.b(torch.tanh(torch.tanh(self.a(x)) @ self.w))
+    torch.manual_seed(0)
+    model, x = Scaled().double(), torch.randn(5, 4, dtype=torch.float64)
+    want = by_jacobian(model, x, x)
+    for outputs, w in (('full', want), ('trace', torch.einsum('nmoo->nm', want))):
+        torch.testing.assert_close(ntk(model, x, outputs=outputs), w, rtol=1e-9, atol=1e-9)
+    parts = ntk(model, x, layers=True)
+    assert set(parts) == {'a.weight', 'a.bias', 'w', 'b.weight', 'b.bias'}
+    torch.testing.assert_close(sum(parts.values()), want, rtol=1e-9, atol=1e-9)
+
+def test_many_networks_are_the_loop():
+    nets = [random_network(3)[0] for _ in range(3)]
+    x = random_network(3)[1]
+    for i, m in enumerate(nets):
+        for p in m.parameters(): p.data = p.data*(1 + .1*i)
+    for outputs in ('full', 'diag', 'trace'):
+        torch.testing.assert_close(ntk_many(nets, x, outputs), torch.stack([ntk(m, x, outputs=outputs) for m in nets]), rtol=1e-9, atol=1e-9)
+    attention = [nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), nn.Flatten(), nn.Linear(40, 2)).double().eval() for _ in range(2)]
+    y = torch.randn(3, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(ntk_many(attention, y), torch.stack([ntk(m, y) for m in attention]), rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize('kind', ['log_cond', 'trace'])
+def test_a_cost_of_relaxed_weights(kind):
+    "The gradient of the cost of a mini supernet in its relaxed weights, against central differences, in float64."
+    net = mini_space().supernet(seed=0).double().eval()
+    x = torch.randn(4, 1, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    W = {g: net.arch[g].detach().softmax(-1).requires_grad_() for g in net.arch.groups}
+    cost = ntk_cost(net, x, kind, args=(W,))
+    grads = dict(zip(W, torch.autograd.grad(cost, list(W.values()))))
+    for g in W:
+        for i in ((0, 0), (1, 3), (2, 2)):
+            def at(h):
+                moved = {k: w.detach().clone() for k, w in W.items()}
+                moved[g][i] += h
+                return ntk_cost(net, x, kind, args=(moved,)).item()
+            assert float(grads[g][i]) == pytest.approx((at(1e-5) - at(-1e-5))/2e-5, rel=1e-4, abs=1e-6*(1 + abs(float(cost.detach()))))
+    own = ntk_cost(net, x, kind)
+    assert own.item() == pytest.approx(cost.item(), rel=1e-9)
+    own.backward()
+    assert all(p.grad is not None for p in net.arch_parameters()) and all(p.grad is None for p in net.weight_parameters())

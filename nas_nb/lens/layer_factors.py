@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, jacrev, vmap
@@ -48,19 +49,21 @@ class Outer:
         for o in range(len(d)): torch.matmul(d[o].mT, self.u, out=out[o])
         return out.flatten(2)
 
-    def per_channel(self, w):
-        "e [N,G,S,C] with d[o] = w[o] e for w [O, G*C], or None where d is not such a product, to within rounding."
-        if w.shape != (len(self.d), self.d.shape[2]*self.d.shape[4]): return None
-        w = w.detach().view(len(self.d), 1, self.d.shape[2], 1, -1)
-        top = w[:, 0, :, 0].abs().argmax(0)                            # [G, C]: the output that says most about a channel
-        scale = w[:, 0, :, 0].gather(0, top[None])[0]
-        g, c = (torch.arange(k, device=top.device) for k in top.shape)
-        e = self.d[top, :, g[:, None], :, c].permute(2, 0, 3, 1)*torch.where(scale == 0, scale, 1/scale)[:, None]
-        r = torch.randn(e.shape[0], e.shape[2], generator=torch.Generator().manual_seed(0)).to(e)      # compared in a random sum over samples, positions
-        sums = lambda t: torch.matmul(r.flatten(), t.transpose(-4, -3).flatten(-3, -2))                # [..., N, G, S, C] -> [..., G, C]
-        off = sums(self.d) - w[:, 0, :, 0]*sums(e)
-        scale = w[:, 0, :, 0].abs()*torch.matmul(r.abs().flatten(), e.abs().transpose(0, 1).flatten(1, 2))
-        return e if bool((off.abs() <= 64*torch.finfo(w.dtype).eps*scale.max()).all()) else None
+# %% ../../nbs/lens/layer_factors.ipynb #cc18a534
+@patch
+def per_channel(self:Outer, w):
+    "e [N,G,S,C] with d[o] = w[o] e for w [O, G*C], or None where d is not such a product, to within rounding."
+    if w.shape != (len(self.d), self.d.shape[2]*self.d.shape[4]): return None
+    w = w.detach().view(len(self.d), 1, self.d.shape[2], 1, -1)
+    top = w[:, 0, :, 0].abs().argmax(0)                            # [G, C]: the output that says most about a channel
+    scale = w[:, 0, :, 0].gather(0, top[None])[0]
+    g, c = (torch.arange(k, device=top.device) for k in top.shape)
+    e = self.d[top, :, g[:, None], :, c].permute(2, 0, 3, 1)*torch.where(scale == 0, scale, 1/scale)[:, None]
+    r = torch.randn(e.shape[0], e.shape[2], generator=torch.Generator().manual_seed(0)).to(e)      # compared in a random sum over samples, positions
+    sums = lambda t: torch.matmul(r.flatten(), t.transpose(-4, -3).flatten(-3, -2))                # [..., N, G, S, C] -> [..., G, C]
+    off = sums(self.d) - w[:, 0, :, 0]*sums(e)
+    scale = w[:, 0, :, 0].abs()*torch.matmul(r.abs().flatten(), e.abs().transpose(0, 1).flatten(1, 2))
+    return e if bool((off.abs() <= 64*torch.finfo(w.dtype).eps*scale.max()).all()) else None
 
 # %% ../../nbs/lens/layer_factors.ipynb #857a13f2
 def _bias(d): return Outer(d.new_ones(1).expand(*d.shape[1:4], 1), d)
@@ -187,6 +190,7 @@ def exact_arithmetic(device):
     finally:
         if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
+# %% ../../nbs/lens/layer_factors.ipynb #1b77823b
 def _attention(m, note, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
     "Self-attention as `nn.MultiheadAttention` has it, samples first, its packed projection noted; every other call goes there."
     if not (query is key is value and query.dim() == 3 and key_padding_mask is None and (attn_mask is None or attn_mask.dim() == 2)):
@@ -202,6 +206,7 @@ def _attention(m, note, query, key, value, key_padding_mask=None, need_weights=T
     weights = (p.mean(1) if average_attn_weights else p) if need_weights else None
     return (out if m.batch_first else out.transpose(0, 1)), weights
 
+# %% ../../nbs/lens/layer_factors.ipynb #56b897ff
 def record(model, x, modules):
     "Run `model(x)`: the outputs, and the calls of `modules` that gradients flow through, in order."
     calls, attentions = [], [m for m in model.modules() if _attends(m) and {m, m.out_proj} & set(modules) and 'forward' not in vars(m)]
