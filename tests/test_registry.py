@@ -43,7 +43,8 @@ def test_a_row_keeps_its_word(name):
 
 def test_the_row_of_the_main_job_is_what_the_job_always_did():
     s = method_settings('gumbel', mini_space(), BUDGET, RECIPE)
-    assert (repr(s['relax']), type(s['select']).__name__, s['recipe'], set(s)) == ('Gumbel(hard=False)', 'Magnitude', RECIPE, {'relax', 'select', 'recipe', 'budget'})
+    assert (repr(s['relax']), type(s['select']).__name__, s['recipe'], s['schedules'], set(s)) == (
+        'Gumbel(hard=False)', 'Magnitude', RECIPE, {}, {'relax', 'select', 'recipe', 'schedules', 'budget'})
     assert JobConfig().method == 'gumbel' and RECIPE == SearchRecipe(w_lr=.05, a_lr=.1)
 
 @pytest.mark.parametrize('name', METHODS)

@@ -117,7 +117,7 @@ def _marked(copies, originals):
 def split_batches(net: Supernet) -> Supernet:
     """Make `net`, in place, compute a slice of each batch on every process, with the results of one process; returns it.
 
-    Parameters and buffers become those of process 0. Layers that draw random numbers draw the same on every process, each for its own slice.
+    Parameters and buffers become those of process 0. Layers that draw random numbers draw the same on every process, for other images.
     TypeError where `net` is not a `Supernet`. Start the processes with `process_group` before."""
     if not isinstance(net, Supernet): raise TypeError(f'net must be a Supernet, got {type(net).__name__}')
     decelerate(net)
@@ -188,11 +188,11 @@ def process_group(backend=None):
     finally: dist.destroy_process_group()
 
 def parallel_search(net: Supernet, task: Task, ckpt=None, progress=None, **search) -> SearchResult:
-    """`run_search` on all processes of a `process_group`, each computing its slice of every batch; the same result on all, that of one process.
+    """`run_search` on all processes of a `process_group`, each computing its slice of every batch; the same result on all.
 
-    `budget.batch_size` is that of the whole batch. `ckpt`: a folder, written by process 0; a checkpoint may be continued with another number of
-    processes. `search`: further arguments of `run_search`, equal on all. ValueError for `recipe.per_sample`, RuntimeError for different data."""
-    if search.get('recipe', SearchRecipe()).per_sample: raise ValueError('recipe.per_sample=True: allowed is False, one draw for all examples')
+    `budget.batch_size` is that of the whole batch. `ckpt`: a folder, written by process 0; another number of processes may go on with it.
+    `search`: further arguments of `run_search`, equal on all. ValueError for `recipe.per_sample`, RuntimeError for different data."""
+    if search.get('recipe', SearchRecipe()).per_sample: raise ValueError('recipe.per_sample=True: allowed is False, one draw for all')
     check_replicas('the data', {name: t for name, t in (('x', task.train.x), ('y', task.train.y))})
     checkpoints = None if ckpt is None else JointCheckpoints(ckpt)
     return run_search(split_batches(net), task, ckpt=checkpoints, progress=progress if world_rank() == 0 else False, **search)

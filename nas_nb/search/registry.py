@@ -6,13 +6,13 @@
 __all__ = ['METHODS', 'Method', 'register_method', 'search_methods', 'find_method', 'method_settings', 'with_cost',
            'check_keeps_limit']
 
-# %% ../../nbs/search/registry.ipynb #928c4ab7
+# %% ../../nbs/search/registry.ipynb #24bf7db1
 from dataclasses import dataclass, replace
 from typing import Callable
 import pandas as pd
 from ..cost.core import Cost
 from ..relax.choice import Gumbel
-from ..relax.core import Exponential, Linear
+from ..relax.core import Exponential, Linear, Schedule
 from ..relax.paths import BinaryGate
 from ..relax.sparse import Entmax, MaxW, SparseNoisySoftmax, Sparsemax
 from .distill import VotingTeachers
@@ -23,17 +23,18 @@ from .perturbation import BlankArchitecture, Perturbation
 from .plugin import Budget, SearchRecipe, Soft
 from .rarts import Split
 from .robust import AdaptiveReg, EarlyStop
+from .schedules import CosinePower
 from .select import Magnitude, MagnitudeTop2, Within
 from .smooth import AdversarialSmoothing, RandomSmoothing
 
-# %% ../../nbs/search/registry.ipynb #a7f50e98
+# %% ../../nbs/search/registry.ipynb #e2c804b1
 @dataclass(frozen=True)
 class Method:
     """A search method: `settings(space, budget)` returns keyword arguments of `run_search`, new objects at each call; 'recipe' is a dict of
     the fields of `SearchRecipe` that it changes.
 
-    `paper`: arXiv number. `challenge`: the difficulty that it answers. `level`: 'bi' or 'one'. `forward`, `backward`: passes a step. `memory`:
-    what is held for the backward pass, 'one path', 'two paths' or 'all paths', and copies of the weights. `extra`: the extra of the
+    A schedule may be a function of the recipe. `paper`: arXiv number. `challenge`: the difficulty that it answers. `level`: 'bi' or 'one'.
+    `forward`, `backward`: passes a step. `memory`: what is held for the backward pass, 'one path', 'two paths' or 'all paths', and copies of the weights. `extra`: the extra of the
     package that it needs, or ''."""
     name: str
     settings: Callable
@@ -65,23 +66,26 @@ def _row(name, paper, challenge, settings, **row):
 
 _row('darts', '1806.09055', 'relaxation', lambda b: dict())
 _row('darts-2nd', '1806.09055', 'second-order', lambda b: dict(hyper=Unrolled('fd')), forward=5, backward=5)
-_row('darts-2nd-exact', '1806.09055', 'second-order', lambda b: dict(hyper=Unrolled('exact')), forward=3, backward=3, memory='all paths twice')
+_row('darts-2nd-exact', '1806.09055', 'second-order', lambda b: dict(hyper=Unrolled('exact')), forward=3, backward=3,
+     memory='all paths twice')
 _row('implicit', '1911.02590', 'second-order', lambda b: dict(hyper=Implicit()), forward=3, backward=10, memory='all paths twice')
 _row('rarts', '2008.03901', 'second-order', lambda b: dict(hyper=Split()), forward=4, backward=4, memory='all paths, 2 copies')
 _row('one-level', '1806.09055', 'second-order', lambda b: dict(level='one'), level='one', forward=1, backward=1)
 
 _row('gumbel', '1611.01144', 'gap', lambda b: dict(relax=Gumbel()))
-_row('sparse-noisy', '2306.06855', 'gap', lambda b: dict(relax=SparseNoisySoftmax(Linear(1., 0.)), schedules=dict(temperature=Exponential(1., .05))))
+_row('sparse-noisy', '2306.06855', 'gap', lambda b: dict(relax=SparseNoisySoftmax(Linear(1., 0.)),
+                                                         schedules=dict(temperature=Exponential(1., .05))))
 _row('entmax', '1905.05702', 'gap', lambda b: dict(relax=Entmax()), extra='sparse')
 _row('sparsemax', '1602.02068', 'gap', lambda b: dict(relax=Sparsemax()), extra='sparse')
 _row('sd-darts', '2302.05629', 'gap', lambda b: dict(plugins=(VotingTeachers(),)), forward=5, memory='all paths, 4 copies')
 _row('sdarts-rs', '2002.05283', 'gap', lambda b: dict(plugins=(RandomSmoothing(),)))
 _row('sdarts-adv', '2002.05283', 'gap', lambda b: dict(plugins=(AdversarialSmoothing(),)), forward=9, backward=9)
 
-# %% ../../nbs/search/registry.ipynb #b02c44ec
+# %% ../../nbs/search/registry.ipynb #7ab68251
 def _pt(b): return Perturbation(tune_epochs=max(1, round(b.epochs/10)))       # the paper: 5 of 50 epochs
 
 _row('maxw', '1903.09900', 'skip dominance', lambda b: dict(relax=MaxW()))
+_row('sharp', '1903.09900', 'skip dominance', lambda b: dict(relax=MaxW(), schedules=dict(w_lr=lambda r: CosinePower(r.w_lr, r.w_lr_end))))
 _row('darts-es', '1909.09656', 'skip dominance', lambda b: dict(plugins=(EarlyStop(),)))
 _row('darts-ada', '1909.09656', 'skip dominance', lambda b: dict(plugins=(AdaptiveReg(),)))
 
@@ -97,7 +101,7 @@ def search_methods() -> pd.DataFrame:
     fields = [f for f in Method.__dataclass_fields__ if f != 'settings']
     return pd.DataFrame([[getattr(m, f) for f in fields] for m in METHODS.values()], columns=fields)
 
-# %% ../../nbs/search/registry.ipynb #79866e61
+# %% ../../nbs/search/registry.ipynb #2012713b
 def find_method(name: str) -> Method:
     "The row of that name; ValueError naming all names where there is none."
     if name not in METHODS: raise ValueError(f'method={name!r}: unknown; allowed are {", ".join(METHODS)}')
@@ -113,8 +117,9 @@ def method_settings(name: str, space, budget=Budget(), recipe=SearchRecipe(), **
     level = settings.get('level', 'bi')
     if level != method.level: raise ValueError(f'method {name!r}: level is {method.level!r} in its row, {level!r} in its settings')
     recipe = replace(recipe, **settings.get('recipe', {}))
+    schedules = {k: v if isinstance(v, Schedule) else v(recipe) for k, v in settings.get('schedules', {}).items()}
     select = MagnitudeTop2() if hasattr(space, 'with_edges') else Magnitude()
-    return dict(budget=budget, select=select) | settings | dict(recipe=recipe) | changes
+    return dict(budget=budget, select=select) | settings | dict(schedules=schedules, recipe=recipe) | changes
 
 # %% ../../nbs/search/registry.ipynb #cebf9ed7
 class _Lowered(Cost):
