@@ -207,9 +207,12 @@ def serve():
 @pytest.fixture(scope='module')
 def found(request, tmp_path_factory):
     "(what, name) -> what the servers said, for the tests that were selected."
-    wanted = [(i.callspec.params['what'], i.callspec.params['name']) for i in request.session.items if 'what' in getattr(getattr(i, 'callspec', None), 'params', {}) and i.fspath == request.fspath]
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'NAS_NB_PROGRESS': '0', 'NAS_NB_SCRATCH': str(tmp_path_factory.mktemp('faults')), 'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
-    servers = [subprocess.Popen([sys.executable, __file__, json.dumps(wanted[i::JOBS])], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(JOBS)]
+    mine = [i.callspec.params for i in request.session.items if i.fspath == request.fspath and hasattr(i, 'callspec')]
+    wanted = [(p['what'], p['name']) for p in mine if 'what' in p]
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'NAS_NB_PROGRESS': '0', 'NAS_NB_SCRATCH': str(tmp_path_factory.mktemp('faults')),
+                        'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+    servers = [subprocess.Popen([sys.executable, __file__, json.dumps(wanted[i::JOBS])], env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(JOBS)]
     said = {}
     for server in servers:
         out, err = server.communicate(timeout=3600)

@@ -34,8 +34,8 @@ class Method:
     the fields of `SearchRecipe` that it changes.
 
     A schedule may be a function of the recipe. `paper`: arXiv number. `challenge`: the difficulty that it answers. `level`: 'bi' or 'one'.
-    `forward`, `backward`: passes a step. `memory`: what is held for the backward pass, 'one path', 'two paths' or 'all paths', and copies of the weights. `extra`: the extra of the
-    package that it needs, or ''."""
+    `forward`, `backward`: passes a step. `memory`: what is held for the backward pass, and copies of the weights. `extra`: the extra of
+    the package that it needs, or ''."""
     name: str
     settings: Callable
     paper: str = ''
