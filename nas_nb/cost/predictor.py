@@ -185,6 +185,20 @@ def load_fit(path, device='cpu'):
 
 Fit.save, Fit.load = _save_fit, staticmethod(load_fit)
 
+# %% ../../nbs/cost/predictor.ipynb #c4ec0f17
+def _check_fit(fit, space, mode):
+    "ValueError where `fit` belongs to another space or size, or has no derivative that `mode` needs."
+    if (fit.meta['space'] != space.name or fit.meta['op_names'] != list(space.op_names)
+            or fit.model.d != len(table_columns(space, fit.meta['live'], fit.meta['graph'])[0])):
+        raise ValueError(f"space {space.name!r} with {', '.join(space.op_names)}: the fit belongs to {fit.meta['space']!r} with "
+                         f"{', '.join(fit.meta['op_names'])}")
+    different = [k for k, v in (fit.meta['space_config'] or {}).items() if (_described(space) or {}).get(k) != v]
+    if different:
+        raise ValueError(f"space {space.name!r} has {different[0]}={(_described(space) or {}).get(different[0])!r}: the fit belongs to "
+                         f"{different[0]}={fit.meta['space_config'][different[0]]!r}")
+    if mode == 'mean' and not fit.model.differentiable:
+        raise ValueError(f"mode='mean' needs a derivative, and kind={fit.meta['kind']!r} has none: allowed are 'exact' and 'sample'")
+
 # %% ../../nbs/cost/predictor.ipynb #46042528
 MODES = ('exact', 'sample', 'mean')
 
@@ -197,16 +211,7 @@ class PredictorCost(Cost):
     def __init__(self, fit, space, mode='exact', n=8, generator=None):
         if mode not in MODES: raise ValueError(f'mode={mode!r}: allowed are {", ".join(MODES)}')
         check_whole('n', n, least=1)
-        if (fit.meta['space'] != space.name or fit.meta['op_names'] != list(space.op_names)
-                or fit.model.d != len(table_columns(space, fit.meta['live'], fit.meta['graph'])[0])):
-            raise ValueError(f"space {space.name!r} with {', '.join(space.op_names)}: the fit belongs to {fit.meta['space']!r} with "
-                             f"{', '.join(fit.meta['op_names'])}")
-        different = [k for k, v in (fit.meta['space_config'] or {}).items() if (_described(space) or {}).get(k) != v]
-        if different:
-            raise ValueError(f"space {space.name!r} has {different[0]}={(_described(space) or {}).get(different[0])!r}: the fit belongs to "
-                             f"{different[0]}={fit.meta['space_config'][different[0]]!r}")
-        if mode == 'mean' and not fit.model.differentiable:
-            raise ValueError(f"mode='mean' needs a derivative, and kind={fit.meta['kind']!r} has none: allowed are 'exact' and 'sample'")
+        _check_fit(fit, space, mode)
         self.fit, self.space, self.mode, self.n, self.generator, self.unit = fit, space, mode, n, generator, fit.unit
         self._models, self._table = {}, None
         self.enumerable = len(space.groups) == 1 and space.size() <= 200_000

@@ -250,6 +250,7 @@ def out_of_fold(kind, X, y, groups, seed=0, folds=4, **options):
     errors = left - share*learned
     return np.minimum(np.abs(np.expm1(-errors)), 1), share, np.sort(np.abs(errors)/spread)
 
+# %% ../../nbs/cost/regress.ipynb #dc599e68
 def fit_regressor(X, y, kind='auto', groups=None, columns=None, seed=0, steps=200, hidden=(128, 128, 128)):
     """`(model, report)`: a `LatencyPredictor` for y [n] > 0 at features X, [n, d] or a dictionary of readings of the samples, each [n, d].
 
