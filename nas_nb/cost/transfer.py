@@ -229,7 +229,7 @@ def _interval(self, level=.9):
 
 DevicePredictor.at, DevicePredictor.interval = _at, _interval
 
-# %% ../../nbs/cost/transfer.ipynb #04079e0f
+# %% ../../nbs/cost/transfer.ipynb #aeb2870f
 RANKS, WIDTHS, _DEFAULT = (4, 8, 12), (.03, .1, .3, 1.), (8, .3)
 
 def _left_out(Z, groups, ranks, widths, seed, rows=1000, draws=2, sizes=(10, 20)):
@@ -255,7 +255,7 @@ def _left_out(Z, groups, ranks, widths, seed, rows=1000, draws=2, sizes=(10, 20)
     table = pd.DataFrame(found, columns=['rank', 'width', 'device', 'spearman', 'error'])
     return table.groupby(['rank', 'width'])[['spearman', 'error']].mean().reset_index()
 
-# %% ../../nbs/cost/transfer.ipynb #e41b3ea5
+# %% ../../nbs/cost/transfer.ipynb #b9b66a67
 def _fit(cls, known, features=None, *, groups=None, rank=None, width=None, seed=0):
     """The `DevicePrior` of `known` latencies [n, D] (ms, > 0, complete) and optional `features` [n, d] of the same architectures.
 
