@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from ..core.run import check_whole
 
-# %% ../../nbs/lens/alignment.ipynb #0ed6e10b
+# %% ../../nbs/lens/alignment.ipynb #09035581
 def check_two_classes(X, y):
     """`X` [n, d] and `y` [n] of -1 and 1 as float tensors.
 
@@ -33,14 +33,15 @@ def _signed_cosines(X, y):
     return Z@Z.mT
 
 def separation(X, y) -> float:
-    """The mu of the data assumption: the least cosine between y_i x_i and y_j x_j over all pairs of examples `X` [n, d] with labels `y` [n] in {-1, 1}.
+    """The mu of the data assumption: the least cosine between y_i x_i and y_j x_j over all pairs of `X` [n, d] with labels `y` [n] in {-1, 1}.
 
-    The theorem needs it positive. Memory n*n numbers. ValueError as for `check_two_classes`. Source: Min, Mallada, Vidal (arXiv 2307.12851), assumption 1."""
+    The theorem needs it positive. Memory n*n numbers. ValueError as for `check_two_classes`.
+    Source: Min, Mallada, Vidal (arXiv 2307.12851), assumption 1."""
     return float(_signed_cosines(*check_two_classes(X, y)).min())
 
-# %% ../../nbs/lens/alignment.ipynb #19f5981f
+# %% ../../nbs/lens/alignment.ipynb #53e1f237
 def separated_subset(X, y, mu: float = 0.) -> Tensor:
-    """Indices [m] of examples of which every pair has a signed cosine above `mu` (default 0, below 1), found greedily: the worst example goes first.
+    """Indices [m] of examples of which every pair has a signed cosine above `mu` (default 0, below 1), found greedily: the worst goes first.
 
     ValueError where one class would be left empty."""
     if not -1 <= mu < 1: raise ValueError(f'mu={mu!r}: allowed is a cosine in [-1, 1)')
@@ -51,7 +52,7 @@ def separated_subset(X, y, mu: float = 0.) -> Tensor:
     if set(y[kept].tolist()) != {-1., 1.}: raise ValueError(f'mu={mu!r}: too large, no example of one class would be left')
     return kept.nonzero()[:, 0]
 
-# %% ../../nbs/lens/alignment.ipynb #fa4bc442
+# %% ../../nbs/lens/alignment.ipynb #e304da00
 def neuron_alignment(W: Tensor, v, X, y, bias=None) -> pd.DataFrame:
     """What each neuron relu(w_j x + b_j) is active on: a row for each of the h rows of `W` [h, d], for data `X` [n, d], labels `y` [n] in {-1, 1}.
 
@@ -68,7 +69,8 @@ def neuron_alignment(W: Tensor, v, X, y, bias=None) -> pd.DataFrame:
     for name, which in fits.items(): kind[which.cpu().numpy()] = name
     aligned = [None]*len(W) if v is None else _aligned(fits, torch.as_tensor(v).detach().to(X)).tolist()
     cosines = [((W@c)/(W.norm(dim=1)*c.norm())).tolist() for c in (X[y > 0].sum(0), X[y < 0].sum(0))]
-    return pd.DataFrame(dict(kind=kind, aligned=aligned, active=active.to(X).mean(0).tolist(), cos_positive=cosines[0], cos_negative=cosines[1]))
+    return pd.DataFrame(dict(kind=kind, aligned=aligned, active=active.to(X).mean(0).tolist(),
+                             cos_positive=cosines[0], cos_negative=cosines[1]))
 
 def _aligned(fits, v): return torch.where(v > 0, fits['positive'], fits['negative']) | fits['dead']
 
@@ -78,8 +80,8 @@ def stable_rank(W: Tensor) -> float:
     s = torch.linalg.svdvals(W.detach().double())
     return float(s.square().sum()/s[0].square())
 
-# %% ../../nbs/lens/alignment.ipynb #ae1284be
-_LOSSES = {'exponential': (lambda m: (-m).exp(), lambda m: (-m).exp()),               # loss of a margin, and minus its derivative, which is 1 at 0
+# %% ../../nbs/lens/alignment.ipynb #940d513e
+_LOSSES = {'exponential': (lambda m: (-m).exp(), lambda m: (-m).exp()),       # loss of a margin, and minus its derivative, which is 1 at 0
            'logistic': (lambda m: 2*nn.functional.softplus(-m), lambda m: 2*torch.sigmoid(-m))}
 
 @dataclass
@@ -108,13 +110,14 @@ def initial_weights(d: int, width: int, eps: float, init='balanced', seed: int =
     if init not in starts: raise ValueError(f'init={init!r}: allowed are {", ".join(starts)}')
     return W, starts[init]
 
-# %% ../../nbs/lens/alignment.ipynb #3ad36038
-def two_layer_flow(X, y, width: int = 50, eps: float = 1e-4, loss='exponential', lr: float = .02, steps: int = 5000, every: int = 50, init='balanced',
-                   tol: float = .01, seed: int = 0) -> TwoLayerFlow:
-    """Gradient flow of sum_j v_j relu(w_j x) on the mean loss of `X` [n, d], `y` [n] in {-1, 1}, by `steps` of size `lr`, written down `every` so many.
+# %% ../../nbs/lens/alignment.ipynb #7fa9f6da
+def two_layer_flow(X, y, width: int = 50, eps: float = 1e-4, loss='exponential', lr: float = .02, steps: int = 5000, every: int = 50,
+                   init='balanced', tol: float = .01, seed: int = 0) -> TwoLayerFlow:
+    """Gradient flow of sum_j v_j relu(w_j x) on the mean loss of `X` [n, d], `y` [n] in {-1, 1}, by `steps` of size `lr`, noted `every` so many.
 
     `loss`: 'exponential' exp(-m) or 'logistic' 2 log(1 + exp(-m)) of the margin m = y f(x). `eps`: size of the initial weights, `init` as in
-    `initial_weights`. ValueError for other values; RuntimeError as soon as some v_j^2 - |w_j|^2 has drifted by more than `tol` of v_j^2 + |w_j|^2: the step is too large.
+    `initial_weights`. ValueError for other values; RuntimeError as soon as some v_j^2 - |w_j|^2 has drifted by more than `tol` of
+    v_j^2 + |w_j|^2: the step is too large.
     Source: Min, Mallada, Vidal (arXiv 2307.12851), equations 2 to 4."""
     X, y = check_two_classes(X, y)
     X, y = X.double(), y.double()
@@ -149,9 +152,9 @@ def _cosines(W, X, y):
     means = torch.stack([X[y > 0].sum(0), X[y < 0].sum(0)])
     return (nn.functional.normalize(W, dim=1)@nn.functional.normalize(means, dim=1).mT).cpu().numpy()
 
-# %% ../../nbs/lens/alignment.ipynb #cf54d2b7
+# %% ../../nbs/lens/alignment.ipynb #cf608f5c
 class AlignmentTrace:
-    """A recorder for the first `layer` (an `nn.Linear`) of any network, on examples `X` [n, d] with labels `y` [n] in {-1, 1}: call it during training.
+    """A recorder for the first `layer` (an `nn.Linear`) of any network, on `X` [n, d] with labels `y` [n] in {-1, 1}: call it during training.
 
     `__call__(step)` adds a row to `rows`: step, the share of neurons of every kind, stable rank. `table()`: all rows. TypeError for another layer,
     ValueError where X does not fit it. `outgoing`: a function giving v [h], if the shares of aligned neurons are wanted too."""
@@ -165,7 +168,8 @@ class AlignmentTrace:
 
     def __call__(self, step):
         table = neuron_alignment(self.layer.weight, self.outgoing and self.outgoing(), self.X, self.y, self.layer.bias)
-        row = dict(step=step, **{kind: float((table.kind == kind).mean()) for kind in self.kinds}, stable_rank=stable_rank(self.layer.weight))
+        shares = {kind: float((table.kind == kind).mean()) for kind in self.kinds}
+        row = dict(step=step, **shares, stable_rank=stable_rank(self.layer.weight))
         self.rows.append(row | ({} if self.outgoing is None else dict(aligned=float(table.aligned.mean()))))
 
     def table(self) -> pd.DataFrame:
