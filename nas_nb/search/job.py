@@ -24,6 +24,7 @@ from .registry import check_keeps_limit, find_method, method_settings, with_cost
 from .report import SPACES, export_onnx, page, save_network
 from .retrain import Recipe, accuracy, train_from_scratch
 from ..space.core import Genotype
+from ..space.fast import accelerate, can_accelerate
 
 # %% ../../nbs/search/job.ipynb #d9a7a5c7
 MIN_SAMPLES = 20   # of fit_predictor
@@ -171,6 +172,7 @@ def search(self: Job, ask, cost):
     c = self.config
     def work():
         net = self.space.supernet(seed=c.seed).to(self.device)
+        if can_accelerate(net): accelerate(net)
         what = dict(lam=ask.lam) if ask.budget_ms is None else dict(limit=f'{ask.budget_ms}ms')
         result = run_search(net, self.task, **with_cost(c.method, self.settings(), cost, **what), seed=c.seed, ckpt=self.folder.checkpoints(ask.file), resume=True)
         history = [{**row, 'weights': {k: w.tolist() for k, w in row['weights'].items()}} for row in result.history]
