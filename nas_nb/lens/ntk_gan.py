@@ -6,11 +6,10 @@
 __all__ = ['infinite_kernel', 'gaussian_kernel', 'EmpiricalKernel', 'KernelField', 'kernel_discriminator', 'generator_objective',
            'energy_distance', 'mmd_squared', 'sinkhorn_divergence', 'particle_flow', 'GeneratorFlow']
 
-# %% ../../nbs/lens/ntk_gan.ipynb #92423fd4
+# %% ../../nbs/lens/ntk_gan.ipynb #e4cd9216
 import math, warnings
 import numpy as np
 import torch
-from dataclasses import dataclass
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
