@@ -214,3 +214,75 @@ def test_a_cost_of_relaxed_weights(kind):
     assert own.item() == pytest.approx(cost.item(), rel=1e-9)
     own.backward()
     assert all(p.grad is not None for p in net.arch_parameters()) and all(p.grad is None for p in net.weight_parameters())
+
+def small_stack():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Sequential(nn.Conv2d(4, 4, 3, stride=2), nn.Tanh()),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 2)).double().eval(), torch.randn(4, 2, 7, 7, dtype=torch.float64)
+
+class Doubled(nn.Linear):
+    "A class of its own."
+    def forward(self, x): return 2*super().forward(x)
+
+class Exponential(nn.Module):
+    def forward(self, w): return w.exp()
+
+def _edit_weights(m): m[0].weight.data.mul_(3.)
+def _edit_stride(m): m[3][0].stride = (1, 1)
+def _edit_layer(m): m[6] = nn.Linear(4, 5).double()
+def _edit_more(m): m.insert(1, nn.Conv2d(4, 4, 1).double())
+def _edit_frozen(m): m[0].weight.requires_grad_(False); m[6].bias.requires_grad_(False)
+def _edit_last(m): m[7].requires_grad_(False)
+def _edit_hook(m): m[6].register_forward_hook(lambda mod, args, h: h*h)
+def _edit_outer_hook(m): m[3].register_forward_pre_hook(lambda mod, args: (args[0]*2,))
+def _edit_own_hook(m): m.register_forward_hook(lambda mod, args, h: torch.sin(h))
+def _edit_forward(m): m[6].forward = lambda x: torch.nn.functional.linear(x, m[6].weight.tanh(), m[6].bias)
+def _edit_class(m): m[6] = Doubled(4, 5).double()
+def _edit_parametrised(m): nn.utils.parametrize.register_parametrization(m[6], 'weight', Exponential())
+def _edit_tied(m): m.insert(7, nn.Linear(5, 5).double()); m.insert(8, nn.Linear(5, 5).double()); m[8].weight = m[7].weight
+
+@pytest.mark.parametrize('edit', [f for k, f in sorted(globals().items()) if k.startswith('_edit_')], ids=lambda f: f.__name__[6:])
+def test_a_stack_that_is_changed_between_calls(edit):
+    "Nothing of an earlier call is remembered: what was proved by structure is proved again."
+    model, x = small_stack()
+    before = ntk(model, x)
+    torch.testing.assert_close(before, by_jacobian(model, x, x), rtol=1e-12, atol=1e-12*float(before.abs().max()))
+    edit(model)
+    after = ntk(model, x)
+    want = by_jacobian(model, x, x)
+    torch.testing.assert_close(after, want, rtol=1e-11, atol=1e-12*float(want.abs().max()))
+    assert (after - before).abs().max() > 1e-6*before.abs().max()
+
+def test_a_stack_whose_mode_changes():
+    model, x = small_stack()
+    K = ntk(model, x)
+    model.train()
+    with pytest.raises(ValueError, match="'1' .BatchNorm2d. is in train mode"): ntk(model, x)
+    torch.testing.assert_close(ntk(model.eval(), x), K, rtol=0, atol=0)
+    model.insert(3, nn.Dropout(.5)); model.eval()
+    torch.testing.assert_close(ntk(model, x), K, rtol=1e-12, atol=1e-12)
+    model[3].train()
+    with pytest.raises(ValueError, match='random'): ntk(model, x)
+
+def test_the_structure_says_what_the_trial_says():
+    "Random stacks, as they are and inside a module that hides them: one kernel, one set of ruled and channelwise parameters."
+    class Hidden(nn.Module):
+        def __init__(self, stack): super().__init__(); self.stack = stack
+        def forward(self, x): return self.stack(x)
+    for seed in range(8):
+        model, x, _ = random_network(seed)
+        a, b = FactorPlan(model, x), FactorPlan(Hidden(model), x)
+        plain = lambda names: {k.removeprefix('stack.') for k in names}
+        assert a.chain and not b.chain and set(a.ruled) == plain(b.ruled) and a.outputs == b.outputs and a.signature == b.signature
+        convs = {k for k in model.state_dict() if isinstance(model.get_submodule(k.split('.')[0]), (nn.Conv1d, nn.Conv2d))}
+        assert a.channelwise == plain(b.channelwise) & convs              # a dense layer has no positions to save
+        torch.testing.assert_close(ntk(model, x), ntk(Hidden(model), x), rtol=1e-12, atol=1e-12)
+
+def test_stacks_the_structure_does_not_prove():
+    "A convolution without a batch axis, a softmax over samples, a layer that runs twice: not by structure."
+    first = nn.Linear(4, 4)
+    assert not FactorPlan(nn.Sequential(first, nn.Tanh(), first), torch.randn(3, 4)).chain
+    assert not FactorPlan(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1)), torch.randn(3, 4)).chain
+    assert FactorPlan(nn.Sequential(first, nn.Softmax(1)), torch.randn(3, 4)).ruled == ['0.weight', '0.bias']
+    with pytest.raises(ValueError, match='other samples'): FactorPlan(nn.Sequential(nn.Linear(4, 4), nn.Softmax(0)), torch.randn(3, 4))
+    with pytest.raises((RuntimeError, TypeError, ValueError)): ntk(nn.Sequential(nn.Conv2d(3, 3, 3)), torch.randn(3, 5, 5))

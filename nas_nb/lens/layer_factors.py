@@ -7,7 +7,7 @@ __all__ = ['RULES', 'Outer', 'patches', 'trainable', 'check_model', 'check_input
            'sample_jacobian', 'FactorPlan', 'PlanChanged', 'factors', 'sample_gradients']
 
 # %% ../../nbs/lens/layer_factors.ipynb #514dee9f
-import math
+import math, threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +25,12 @@ class Outer:
     """Factors of the gradients of one weight: the gradient of output o of sample n is `sum_s d[o,n,g,s,:] u[n,g,s,:]^T` for each group g.
 
     u [N,G,S,K]; for an embedding the row numbers, int64 [N,1,S], with `rows` the number of rows; d [O,N,G,S,C].
-    `identity`: d is the identity matrix (the layer is the last one)."""
+    `identity`: d is the identity matrix (the layer is the last one); `constant`: u is 1 (the parameter is a bias)."""
     u: torch.Tensor
     d: torch.Tensor
     rows: int = 0
     identity: bool = False
+    constant: bool = False
 
     @property
     def shape(self):
@@ -44,10 +45,15 @@ class Outer:
             g = d.new_zeros(*d.shape[:2], self.rows, d.shape[-1])
             at = self.u[None, :, 0, :, None].expand(*d.shape[:2], *d.shape[3:])
             return g.scatter_add_(2, at, d[:, :, 0]).flatten(2)
-        shape = *d.shape[:3], d.shape[-1], self.u.shape[-1]
-        out = d.new_empty(shape) if out is None else out.view(shape)
-        for o in range(len(d)): torch.matmul(d[o].mT, self.u, out=out[o])
-        return out.flatten(2)
+        O, N, G, S, C = d.shape                                        # one product for each sample: all outputs' channels are its rows
+        d = d.permute(1, 2, 3, 0, 4).reshape(N*G, S, O*C)
+        g = torch.bmm(d.mT, self.u.reshape(N*G, S, -1)).view(N, G, O, C, -1).permute(2, 0, 1, 3, 4).flatten(2)
+        return g if out is None else out.copy_(g)
+
+    def summed(self, c):
+        "The gradient of `sum_no c[n,o] f_o(x_n)` for c [N, O]: [G*C*K], without the gradients of single samples."
+        d = torch.einsum('no,ongsc->gnsc', c, self.d).flatten(1, 2)
+        return Outer(self.u.transpose(0, 1).flatten(1, 2)[None], d[None, None], self.rows).gradient().flatten()
 
 # %% ../../nbs/lens/layer_factors.ipynb #cc18a534
 @patch
@@ -66,7 +72,7 @@ def per_channel(self:Outer, w):
     return e if bool((off.abs() <= 64*torch.finfo(w.dtype).eps*scale.max()).all()) else None
 
 # %% ../../nbs/lens/layer_factors.ipynb #857a13f2
-def _bias(d): return Outer(d.new_ones(1).expand(*d.shape[1:4], 1), d)
+def _bias(d): return Outer(d.new_ones(1).expand(*d.shape[1:4], 1), d, constant=True)
 
 def _linear(m, a, d):
     n, c = a.shape[0], m.out_features
@@ -161,7 +167,8 @@ def check_input(model, x, name='x'):
     "TypeError or ValueError where the batch `x` [N, ...] does not suit the parameters of `model`."
     if not torch.is_tensor(x): raise TypeError(f'{name} is a {type(x).__name__}: allowed is a tensor [N, ...]')
     if x.dim() == 0 or len(x) == 0: raise ValueError(f'{name} has shape {tuple(x.shape)}: allowed is at least one sample, [N, ...]')
-    p = next(iter(trainable(model).values()))
+    p = next((p for p in model.parameters() if p.requires_grad), None) if isinstance(model, nn.Module) else None
+    if p is None: p = next(iter(trainable(model).values()))            # says what is wrong
     if x.device != p.device: raise ValueError(f'{name} is on {x.device} and the model on {p.device}: allowed is one device')
     if not x.is_floating_point():
         if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()):
@@ -180,14 +187,19 @@ class _Call:
     edge: object             # gradient edge of the output
     shape: tuple             # of the output
 
+_inside = threading.local()
+
 @contextmanager
 def exact_arithmetic(device):
     "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, attention by its plain formula."
+    if getattr(_inside, 'kind', None) == device.type and torch.is_grad_enabled(): yield; return      # within one of its own
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    kind, _inside.kind = getattr(_inside, 'kind', None), device.type
     if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH): yield
     finally:
+        _inside.kind = kind
         if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 # %% ../../nbs/lens/layer_factors.ipynb #1b77823b
@@ -253,39 +265,40 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return torch.convolution(g, ctx.w, None, *ctx.options), *(None,)*6
 
+def _folded(m, x, w=None, b=None):
+    "The convolution `m` of x, run as above where it is an ordinary one."
+    w, b = (m.weight, m.bias) if w is None else (w, b)
+    if m.padding_mode != 'zeros' or isinstance(m.padding, str) or x.dim() != w.dim(): return type(m)._conv_forward(m, x, w, b)
+    return _Convolution.apply(x, w, b, m.stride, m.padding, m.dilation, m.groups)
+
 @contextmanager
 def _folding(model):
     "Context: the convolutions of `model` run as above."
-    plain = [m for m in model.modules() if type(m) in _convs and m.padding_mode == 'zeros' and not isinstance(m.padding, str) and
-             not {'forward', '_conv_forward'} & set(vars(m))]
-    def run(m, x, w, b):
-        if x.dim() != w.dim(): return type(m)._conv_forward(m, x, w, b)           # no batch
-        return _Convolution.apply(x, w, b, m.stride, m.padding, m.dilation, m.groups)
-    for m in plain: m._conv_forward = partial(run, m)
+    plain = [m for m in model.modules() if type(m) in _convs and not {'forward', '_conv_forward'} & set(vars(m))]
+    for m in plain: m._conv_forward = partial(_folded, m)
     try: yield
     finally:
         for m in plain: del m._conv_forward
 
 # %% ../../nbs/lens/layer_factors.ipynb #cf4277a8
-def _all_at_once(f, edges, eye, options):
+def _all_at_once(root, edges, cotangents, options):
     flows = []
     def pull(e):
-        found = torch.autograd.grad(f, edges, e, **options)
+        found = torch.autograd.grad(root, edges, e, **options)
         flows[:] = [g is not None for g in found]
         return [g for g in found if g is not None]
-    found = iter(vmap(pull)(eye))
+    found = iter(vmap(pull)(cotangents))
     return [next(found) if flow else None for flow in flows]
 
-def _sensitivities(f, edges, outputs):
-    "d f[:, o] / d edge for each o in `outputs`: a list of [len(outputs), N, ...], or None where nothing flows."
+def _sensitivities(root, edges, cotangents):
+    "Gradients at each edge of `root` (a tensor or an edge), by cotangents [O, N, ...]: a list of [O, N, ...], or None where nothing flows."
     if not edges: return []
-    eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[outputs, None].expand(-1, len(f), -1)
     options = dict(retain_graph=True, allow_unused=True)
-    if len(eye) > 1:
-        try: return _all_at_once(f, edges, eye, options)
+    if len(cotangents) > 1:
+        try: return _all_at_once(root, edges, cotangents, options)
         except RuntimeError: pass                                       # no batching rule for something
-    rows = [torch.autograd.grad(f, edges, e, **options) for e in eye]
-    return [None if col[0] is None else torch.stack(col) for col in zip(*rows)]
+    rows = [torch.autograd.grad(root, edges, e, **options) for e in cotangents]
+    return [None if col[0] is None else torch.stack(col) if len(col) > 1 else col[0][None] for col in zip(*rows)]
 
 # %% ../../nbs/lens/layer_factors.ipynb #f4c15b74
 def _state(model):
@@ -330,7 +343,9 @@ class FactorPlan:
         for m in model.modules():
             mine = {key: ours[p] for key, p in m._parameters.items() if p in ours}
             if mine and rules and _ruled(m): self.modules.append(m); self.owners[m] = mine
-        with exact_arithmetic(x.device): self._decide(x[:1], x[:2])
+        self.chain, self.sample = _chain(model, self.owners) if rules else None, None
+        with exact_arithmetic(x.device):
+            if not self._proved(x[:1]): self.chain = None; self._decide(x[:1], x[:2])
 
     def _decide(self, one, few):
         (f1, calls1), (f, calls) = record(self.model, one, self.modules), record(self.model, few, self.modules)
@@ -372,8 +387,8 @@ def _verify(self, f, few, calls):
     # the gradient of a bias before a norm is zero, but for rounding
     noise = 1e3*eps*math.sqrt(sum(float(g.double().norm())**2 for g in want if g is not None))
     for k, g in zip(list(self.ruled), want):
-        grads = sum(u.gradient() if isinstance(u, Outer) else u for u in uses[k]) if uses[k] else torch.zeros(())
-        got = torch.einsum('no,onp->p', c, grads).double() if uses[k] else torch.zeros(self.params[k].numel(), device=f.device).double()
+        got = torch.zeros(self.params[k].numel(), device=f.device, dtype=torch.float64)
+        for u in uses[k]: got += u.summed(c) if isinstance(u, Outer) else torch.einsum('no,onp->p', c, u)
         g = torch.zeros_like(got) if g is None else g.flatten().double()
         if not float((got - g).norm()) <= 20*math.sqrt(eps)*float(g.norm()) + noise:
             self.ruled.remove(k); self.plain.append(k)
@@ -386,22 +401,28 @@ FactorPlan._compare, FactorPlan._verify = _compare, _verify
 class PlanChanged(RuntimeError):
     "A model called its layers in another way than on the samples its plan was made on."
 
-def _factors(self, x, outputs):
-    with _folding(self.model): return self._in_pass(x, outputs)
-
-def _in_pass(self, x, outputs):
-    f, calls = record(self.model, x, self.modules)
+def _checked(self, x):
+    "Outputs and calls of layers; PlanChanged where they are other ones than the plan was made for."
+    if self.chain: return self._walk(x)
+    with _folding(self.model): f, calls = record(self.model, x, self.modules)
     sizes = {n for c in calls if set(self.owners[c.module].values()) & set(self.ruled) for n in (c.a.shape[0], c.shape[0])}
     if [(c.module, c.a.shape[1:], c.shape[1:]) for c in calls] != self.signature or sizes - {len(x)}:
         raise PlanChanged('model calls its layers differently for different samples')
     stray = _met(f, calls) - {self.params[k] for k in self.plain}
     if any(p in stray for p in self.params.values()): raise PlanChanged('model uses other parameters for other samples')
+    return f, calls
+
+def _factors(self, x, outputs):
+    f, calls = self._checked(x)
     flat = f.reshape(len(x), -1)
     last = [_is_last(c, f) for c in calls]
     wanted = [i for i, c in enumerate(calls) if not last[i] and any(k in self.ruled for k in self.owners[c.module].values())]
     eye = torch.eye(self.outputs, dtype=f.dtype, device=f.device)[outputs]
-    d = dict(zip(wanted, _sensitivities(flat, [calls[i].edge for i in wanted], outputs)))
-    d.update({i: eye[:, None].expand(-1, len(x), -1) for i in range(len(calls)) if last[i]})
+    across = lambda rows: rows[:, None].expand(-1, len(x), -1)
+    end = next((c for c, is_last in zip(calls, last) if is_last and c.source is not None), None)
+    root, rows = (flat, eye) if end is None else (end.source, end.module.weight.detach()[outputs])      # a last dense layer is passed at once
+    d = dict(zip(wanted, _sensitivities(root, [calls[i].edge for i in wanted], across(rows))))
+    d.update({i: across(eye) for i in range(len(calls)) if last[i]})
     uses = {k: [] for k in self.ruled}
     for i, c in enumerate(calls):
         if d.get(i) is None: continue
@@ -412,7 +433,7 @@ def _in_pass(self, x, outputs):
                 uses[name].append(factor)
     return flat.detach(), uses
 
-FactorPlan._factors, FactorPlan._in_pass = _factors, _in_pass
+FactorPlan._checked, FactorPlan._factors = _checked, _factors
 
 # %% ../../nbs/lens/layer_factors.ipynb #aaa4d5ad
 def factors(self, x, outputs=slice(None)):
@@ -427,6 +448,81 @@ def factors(self, x, outputs=slice(None)):
         return f, uses
 
 FactorPlan.factors = factors
+
+# %% ../../nbs/lens/layer_factors.ipynb #d5ef584e
+_pointwise = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
+              nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
+_pools = {getattr(nn, f'{kind}Pool{k}d') for kind in ('Avg', 'Max', 'AdaptiveAvg', 'AdaptiveMax') for k in (1, 2, 3)}
+_batchnorms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+
+def _leaves(m): return [leaf for c in m._modules.values() for leaf in _leaves(c)] if type(m) is nn.Sequential else [m]
+
+def _untouched(m):
+    "Whether calling the module is calling its class's `forward`, and nothing more."
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return not hooks and not {'forward', '_conv_forward'} & set(vars(m))
+
+def _chain(model, owners):
+    "The layers of a plain stack (`nn.Sequential` of known layers, nested or not, each parameter in one place) in order; else None."
+    leaves, of = _leaves(model), nn.modules.module
+    params = [p for m in leaves for p in m._parameters.values() if p is not None]
+    known = all(type(m) in _pointwise or type(m) in _pools and not getattr(m, 'return_indices', False) or
+                type(m) is nn.Flatten and m.start_dim >= 1 or type(m) in RULES and type(m) is not nn.MultiheadAttention and _ruled(m) for m in leaves)
+    once = len({id(p) for p in params}) == len(params) and all(type(p) is nn.Parameter for p in params)
+    hooked = any((of._global_forward_hooks, of._global_forward_pre_hooks, of._global_backward_hooks, of._global_backward_pre_hooks))
+    return leaves if known and once and not hooked and all(map(_untouched, model.modules())) else None
+
+def _samples_first(m, a):
+    "Whether this layer treats the first axis of its input `a` as that of samples."
+    if isinstance(m, (nn.LayerNorm, nn.RMSNorm)): return a.dim() > len(m.normalized_shape)
+    fixed = type(m) in _convs or type(m) in _pools or isinstance(m, nn.modules.instancenorm._InstanceNorm)
+    if fixed: return a.dim() == int(type(m).__name__[-2]) + 2                      # Conv2d: [N, C, H, W]
+    return a.dim() >= (1 if isinstance(m, nn.Embedding) or type(m) in _pointwise else 2)
+
+# %% ../../nbs/lens/layer_factors.ipynb #224d5266
+def _proved(self, one):
+    "Whether the structure alone proves the factors; then everything is decided, and `.sample` holds sizes and factors of one sample."
+    if self.chain is None: return False
+    h, sizes, inputs = one, [one.numel()], []
+    with torch.no_grad():
+        for m in self.chain:
+            if not _samples_first(m, h): return False
+            a, h = h, m(h)
+            sizes.append(h.numel()*(3 if 'MaxPool' in type(m).__name__ else 1))        # their positions are kept as long integers
+            if m in self.owners: inputs.append((m, a, h.shape))
+    self.signature, self.sample = [(m, a.shape[1:], shape[1:]) for m, a, shape in inputs], (sizes, inputs)
+    self.outputs, self.ruled = h[0].numel(), list(self.params)
+    last = self.chain[-1]
+    if h.dim() == 2 and self.outputs > 1 and isinstance(last, nn.Linear) and last in self.owners:
+        self.head = last.weight.detach()
+        before = next((m for m in self.chain[-2::-1] if not (type(m) in _pools or type(m) in (*_pointwise, *_batchnorms, nn.Flatten))), None)
+        if type(before) in _convs and before.out_channels == last.in_features: self.channelwise = set(self.owners.get(before, {}).values())
+    return True
+
+class _Rectifier(torch.autograd.Function):
+    "A ReLU whose slope is a factor: that is faster for a batch of cotangents."
+    @staticmethod
+    def forward(ctx, x): h = torch.relu(x); ctx.slope = (h > 0).to(h.dtype); return h
+    @staticmethod
+    def backward(ctx, g): return g*ctx.slope
+
+def _sketch(self):
+    "Of a plain stack and one sample: the sizes of all tensors between layers, and factors of one output, with zeros for sensitivities."
+    sizes, inputs = self.sample
+    found = [(self.owners[m], RULES[type(m)](m, a, next(m.parameters()).new_zeros(()).expand(1, *shape))) for m, a, shape in inputs]
+    return sizes, {name: [factors[key]] for owner, factors in found for key, name in owner.items()}
+
+def _walk(self, x):
+    "What `record` gives, of a plain stack: its layers one after the other."
+    h, calls = x, []
+    for m in self.chain:
+        a, h = h, _folded(m, h) if type(m) in _convs else _Rectifier.apply(h) if type(m) is nn.ReLU and self.outputs > 1 else m(h)
+        if m not in self.owners: continue
+        source = get_gradient_edge(a) if a.requires_grad else None
+        calls.append(_Call(m, a.detach(), a._version, source, get_gradient_edge(h), tuple(h.shape)))
+    return h, calls
+
+FactorPlan._proved, FactorPlan._sketch, FactorPlan._walk = _proved, _sketch, _walk
 
 # %% ../../nbs/lens/layer_factors.ipynb #08f0a482
 def sample_gradients(model, x):

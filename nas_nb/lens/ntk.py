@@ -7,6 +7,8 @@ __all__ = ['ntk', 'ntk_matvec', 'ntk_trace', 'NTKSpectrum', 'kernel_regression']
 
 # %% ../../nbs/lens/ntk.ipynb #9c60d294
 import copy, math
+from functools import partial
+from itertools import product
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -34,16 +36,20 @@ def _within(s, samples):
     return slice(start, start + length), (s.stop - s.start)//length
 
 def _add_gram(K, X, Y, A, n, m, same):
-    "K [R, Q] += A * sum_i X[i] Y[i]^T; A [n, m] or None. If `same`, tiles below the diagonal are left alone."
+    "K [R, Q] += A * sum_i X[i] Y[i]^T; A [n, m], or what gives a slice of it, or None. If `same`, tiles below the diagonal are left alone."
     for i, r in enumerate(_slices(len(K), n)):
         for j, c in enumerate(_slices(K.shape[1], m)):
             if same and j < i: continue
-            D = K[r, c] if A is None else K.new_zeros(r.stop - r.start, c.stop - c.start)
-            for x, y in zip(X, Y): D.addmm_(x[r], y[c].mT)
+            D = K[r, c] if A is None else torch.mm(X[0][r], Y[0][c].mT)
+            for x, y in zip(X[A is not None:], Y[A is not None:]): D.addmm_(x[r], y[c].mT)
             if A is None: continue
             (a, p), (b, q) = _within(r, n), _within(c, m)
             four = K[r, c].unflatten(1, (q, -1)).unflatten(0, (p, -1))
-            four.addcmul_(D.view(four.shape), A[a, b][:, None])
+            four.addcmul_(D.view(four.shape), (A(a, b) if callable(A) else A[a, b])[:, None])
+
+def _tiles(n, m, same):
+    "Slices of rows and columns of the tiles of [n, m], without those below the diagonal if `same`."
+    return [(r, c) for i, r in enumerate(_slices(n, n)) for c in _slices(m, m)[i if same else 0:]]
 
 def _mirror(K, n):
     "Copy the tiles above the diagonal of K [R, R] below it."
@@ -60,6 +66,13 @@ class _Unit:
     pairs: bool = False          # factors by pairs of positions; else by gradients, some channels at a time
     head: torch.Tensor | None = None   # [O, C], the weight of the last layer
     form: bool = False           # whether `outer` has yet to be made into gradients
+    ones: int = 0                # columns of ones that belong to u, with pairs
+
+    def inner(self, other, g, s, t, rows=slice(None), columns=slice(None)):
+        "Products of the inputs of two positions, those of samples here with those of `other`: [N, M]."
+        a, b = self.outer.u[rows, g, s], other.outer.u[columns, g, t]
+        if self.outer.rows: return (a[:, None] == b).to(self.outer.d.dtype)
+        return torch.addmm(a.new_full((), self.ones), a, b.mT) if self.ones else a @ b.mT
 
     def formed(self, out=None):
         "This unit, its gradients made (in `out`) if they are to be."
@@ -108,11 +121,13 @@ def _unit(plan, members, n, outputs, chosen):
     names, parts = tuple(k for k, _ in members), members[0][1]
     if not isinstance(parts[0], Outer): return _Unit(names, None, parts[0])
     cat = lambda ts, dim: ts[0] if len(ts) == 1 else torch.cat(ts, dim)
-    u = cat([p.u for p in parts], 2) if parts[0].rows else _beside([cat([p.u for p in ps], 2) for _, ps in members])
-    outer = Outer(u, cat([p.d for p in parts], 3), parts[0].rows, len(parts) == 1 and parts[0].identity)
-    (_, S, K, C), O = outer.shape, plan.outputs
-    way = 'pairs' if outer.identity else _choose(outer.shape, n, O, outputs, plan.channelwise >= set(names))
-    if way == 'pairs': return _Unit(names, outer, None, True)
+    us, d, rows, last = [cat([p.u for p in ps], 2) for _, ps in members], cat([p.d for p in parts], 3), parts[0].rows, len(parts) == 1 and parts[0].identity
+    (G, S, C), K, O = d.shape[2:], rows or sum(u.shape[3] for u in us), plan.outputs
+    way = 'pairs' if last else _choose((G, S, K, C), n, O, outputs, plan.channelwise >= set(names))
+    if way == 'pairs':                                                 # columns of ones are a number here
+        slim = [u for u, (_, ps) in zip(us, members) if not ps[0].constant] or us[:1]
+        return _Unit(names, Outer(_beside(slim), d, rows, last), None, True, ones=len(us) - len(slim))
+    outer = Outer(_beside(us), d, rows)
     if way == 'channels':
         e = outer.per_channel(plan.head[chosen])
         if e is None: raise _NotAProduct('sensitivities of the channels change from sample to sample')
@@ -157,14 +172,15 @@ def _add_unit(K, U, V, outputs, same, room):
             X = U.outer.gradient(slice(c, c + step))
             _add(K, X, X if U is V else V.outer.gradient(slice(c, c + step)), None, outputs, same)
         return
-    for g in range(G):
-        for s in range(S):
-            for t in range(S2):
-                a, b = U.outer.u[:, g, s], V.outer.u[:, g, t]
-                A = (a[:, None] == b).to(K.dtype) if U.outer.rows else a @ b.mT
-                if not U.outer.identity: _add(K, U.outer.d[:, :, g, s], V.outer.d[:, :, g, t], A, outputs, same)
-                elif outputs == 'full': K.diagonal(dim1=0, dim2=2).add_(A[..., None])
-                else: K.add_(A, alpha=C if outputs == 'trace' else 1)
+    if len(U.outer.d) == 1 and outputs != 'trace': K, outputs = K.view(K.shape[1], K.shape[-1]), 'trace'
+    for g, s, t in product(range(G), range(S), range(S2)):
+        A = partial(U.inner, V, g, s, t)
+        if outputs != 'trace': A = A()                                 # several outputs share it
+        if not U.outer.identity: _add(K, U.outer.d[:, :, g, s], V.outer.d[:, :, g, t], A, outputs, same)
+        elif outputs == 'full': K.diagonal(dim1=0, dim2=2).add_(A[..., None])
+        elif outputs == 'diag': K.add_(A)
+        else:
+            for r, c in _tiles(*K.shape, same): K[r, c].add_(A(r, c), alpha=C)
 
 # %% ../../nbs/lens/ntk.ipynb #26b87ff5
 @dataclass
@@ -184,8 +200,7 @@ def _saved(model, x, sizes=False):
 
 def _sizes(plan, x, n, outputs, split):
     "Numbers a sample takes: kept; in a pass; in a pass for each output; and the least for gradients formed on the way."
-    saved = _saved(plan.model, x, sizes=True)
-    _, uses = plan.factors(x[:1], slice(0, 1))
+    saved, uses = plan._sketch() if plan.chain else (_saved(plan.model, x, sizes=True), plan.factors(x[:1], slice(0, 1))[1])
     units, O = _units(plan, uses, n, outputs, split, slice(0, 1)), plan.outputs
     units = [u.formed() for u in units]
     outers = [u.outer for u in units if u.outer is not None]
@@ -200,8 +215,16 @@ def _sizes(plan, x, n, outputs, split):
     return kept, once, each, max(lazy, default=0)
 
 # %% ../../nbs/lens/ntk.ipynb #85ff3f8e
+def _small(plan, n, same, memory):
+    "The layout of a problem that is far below all bounds, so that one chunk is all; else None."
+    if plan.plain: return None
+    numbers = n*sum(math.prod(a)*(math.prod(m.kernel_size) if hasattr(m, 'kernel_size') else 1) + 4*plan.outputs*math.prod(h) for m, a, h in plan.signature)
+    left = memory//next(iter(plan.params.values())).element_size() - 4*numbers
+    return _Layout(n, n, plan.outputs, min(2**22, left//4)) if numbers <= 2**21 and same and left > 2**22 else None
+
 def _layout(plan, x1, x2, outputs, split, memory):
     n, same = max(len(x1), len(x2)), x1 is x2
+    if small := not split and _small(plan, n, same, memory): return small
     kept, once, each, lazy = _sizes(plan, x1, n, outputs, split)
     O, size, count = plan.outputs, next(iter(plan.params.values())).element_size(), len(plan.params) if split else 1
     limit = memory//size
@@ -243,7 +266,7 @@ def _room_for(u, n, O):
     if u.form: return _Unit(u.names, None, grow(u.outer.d, math.prod(u.outer.shape)//u.outer.shape[1]), head=u.head)
     if u.outer is None: return _Unit(u.names, None, grow(u.gradients))
     d = u.outer.d[:, :1].expand(-1, n, *u.outer.d.shape[2:]) if u.outer.identity else grow(u.outer.d)
-    return _Unit(u.names, Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity), None, u.pairs)
+    return _Unit(u.names, Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity), None, u.pairs, ones=u.ones)
 
 def _put(s, u, at, o):
     if u.head is not None:                                              # a channel is told by the output that says most about it
@@ -328,6 +351,7 @@ def _split_plain(plan, x1, x2, outputs):
 # %% ../../nbs/lens/ntk.ipynb #ac27d703
 def _finite(f, first, name):
     "ValueError naming the first sample whose outputs f [N, ...] are not all finite; `first` is the number of f[0]."
+    if bool(torch.isfinite(f.sum())): return
     bad = (~torch.isfinite(f)).flatten(1).any(1) if f.dim() > 1 else ~torch.isfinite(f)
     if bool(bad.any()):
         raise ValueError(f'model: the output for sample {first + int(bad.nonzero()[0])} of {name} is NaN or infinite; allowed are finite outputs')
@@ -335,6 +359,7 @@ def _finite(f, first, name):
 def _check_finite(total, same):
     "ValueError naming a sample whose gradients are not finite though its outputs are."
     for k, K in total.items():
+        if bool(torch.isfinite(K.sum())): continue                         # one pass; a sum that overflows is looked at again
         bad = ~torch.isfinite(K)
         if not bool(bad.any()): continue
         rows, columns = (bad.flatten(1).all(1) if d == 0 else bad.transpose(0, 1).flatten(1).all(1) for d in (0, 1))
@@ -469,7 +494,7 @@ def _squares(u):
         return float(squares @ (u.head.double()**2).sum(0))
     if u.gradients is not None: return float((u.gradients**2).sum(dtype=torch.float64))
     if u.outer.rows or not u.pairs: return float((u.outer.gradient()**2).sum(dtype=torch.float64))
-    inputs = u.outer.u @ u.outer.u.mT
+    inputs = u.outer.u @ u.outer.u.mT + u.ones
     return sum(float((inputs*(d @ d.mT)).sum(dtype=torch.float64)) for d in u.outer.d)
 
 # %% ../../nbs/lens/ntk.ipynb #7c971e6d

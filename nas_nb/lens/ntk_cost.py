@@ -104,12 +104,13 @@ def _stacked_kernel(plan, models, x, outputs):
         if not u.pairs: total = total + _grams(u.gradients if u.outer is None else u.outer.gradient(), B, outputs); continue
         for g in range(u.outer.shape[0]):
             for s in range(u.outer.shape[1]):
-                for t in range(u.outer.shape[1]): total = total + _pair(u.outer, g, s, t, B, outputs)
+                for t in range(u.outer.shape[1]): total = total + _pair(u, g, s, t, B, outputs)
     return total.permute((0, 2, 4, 1, 3) if outputs == 'full' else (0, 2, 3, 1) if outputs == 'diag' else (0, 1, 2))
 
-def _pair(outer, g, s, t, B, outputs):
+def _pair(u, g, s, t, B, outputs):
+    outer = u.outer
     a, b = (outer.u[:, g, i].unflatten(0, (B, -1)) for i in (s, t))
-    A = (a[:, :, None] == b[:, None]).to(outer.d.dtype) if outer.rows else torch.bmm(a, b.mT)
+    A = (a[:, :, None] == b[:, None]).to(outer.d.dtype) if outer.rows else torch.bmm(a, b.mT) + u.ones
     p, q = (outer.d[:, :, g, i].unflatten(1, (B, -1)).transpose(0, 1) for i in (s, t))             # [B, O, N, C]
     if outputs == 'diag': return A[:, None]*(p @ q.mT)
     if outputs == 'trace': return A*torch.bmm(p.transpose(1, 2).flatten(2), q.transpose(1, 2).flatten(2).mT)
