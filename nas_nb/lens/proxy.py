@@ -41,12 +41,12 @@ def nwot_score(model, x, y=None, generator=None):
 
 def _finite(value): return -math.inf if math.isnan(value) else float(value)
 
-# %% ../../nbs/lens/proxy.ipynb #ef362928
+# %% ../../nbs/lens/proxy.ipynb #8a9387fd
 @torch.enable_grad()
 def jacov_score(model, x, y=None, generator=None, k=1e-5):
     """Score of the correlations between the samples' input gradients (of the summed outputs), at most -N (log(1 + k) + 1/(1 + k)).
 
-    -inf where a sample's gradient is constant over the input. Source: Mellor et al. (2020), first version of NASWOT, as in zero-cost-nas."""
+    -inf where a sample's gradient is constant over the input. Source: Mellor et al. (2020), the first version of NASWOT."""
     x = x.detach().clone().requires_grad_()
     rows, = torch.autograd.grad(_copy(model)(x).sum(), x, allow_unused=True)
     if rows is None or not bool(torch.isfinite(rows).all()): return -math.inf
@@ -55,7 +55,7 @@ def jacov_score(model, x, y=None, generator=None, k=1e-5):
     v = torch.linalg.eigvalsh(torch.corrcoef(rows)).clamp_min(0)
     return float(-(torch.log(v + k) + 1/(v + k)).sum())
 
-# %% ../../nbs/lens/proxy.ipynb #26e409a2
+# %% ../../nbs/lens/proxy.ipynb #1987e9ba
 _WEIGHTED = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 def _weights(net):
@@ -70,13 +70,14 @@ def _loss_gradients(model, x, y):
     return weights, torch.autograd.grad(F.cross_entropy(net(x), y), weights, allow_unused=True, materialize_grads=True)
 
 def snip_score(model, x, y, generator=None):
-    "Sum of |w dL/dw| over the weights of dense and convolutional layers, L the cross-entropy of (x, y). Source: Lee et al. (ICLR 2019); Abdelfattah et al. (ICLR 2021)."
+    "Sum of |w dL/dw| over weights of dense and convolutional layers, L the cross-entropy of (x, y). Source: Lee et al. (ICLR 2019)."
     return _finite(sum(float((w.detach()*g).abs().sum()) for w, g in zip(*_loss_gradients(model, x, y))))
 
 def grad_norm_score(model, x, y, generator=None):
     "Sum over dense and convolutional layers of the norm of dL/dw, L the cross-entropy of (x, y). Source: Abdelfattah et al. (ICLR 2021)."
     return _finite(sum(float(g.norm()) for g in _loss_gradients(model, x, y)[1]))
 
+# %% ../../nbs/lens/proxy.ipynb #1934b10f
 def _without_norms(net):
     for m in list(net.modules()):
         for name, child in m.named_children():
@@ -94,10 +95,11 @@ def synflow_score(model, x, y=None, generator=None):
     with torch.no_grad():
         for t in (*net.parameters(), *net.buffers()): t.abs_()
     R = net(torch.ones_like(x[:1], dtype=torch.float64)).sum()
-    total = sum(float((w.detach()*g).sum()) for w, g in zip(weights, torch.autograd.grad(R, weights, allow_unused=True, materialize_grads=True)))
+    gradients = torch.autograd.grad(R, weights, allow_unused=True, materialize_grads=True)
+    total = sum(float((w.detach()*g).sum()) for w, g in zip(weights, gradients))
     return math.log(total) if total > 0 else -math.inf
 
-# %% ../../nbs/lens/proxy.ipynb #0cba49fd
+# %% ../../nbs/lens/proxy.ipynb #66987395
 def with_batch_statistics(model, x):
     "A copy of `model` in evaluation mode whose norms hold the statistics of the batch x [N, ...]."
     net = _copy(model)
@@ -117,7 +119,7 @@ def ntk_score(model, x, y=None, generator=None):
 
 @torch.enable_grad()
 def vkdnw_score(model, x, y=None, generator=None):
-    "`vkdnw(...).single` of a copy with weights from `kaiming_fan_in_`, on N(0, 1) noise of the shape of x. Source: Tybl, Neumann (CVPR 2025)."
+    "`vkdnw(...).single` of a copy with weights from `kaiming_fan_in_`, on N(0, 1) noise shaped like x. Source: Tybl, Neumann (CVPR 2025)."
     net, noise = kaiming_fan_in_(_copy(model, train=False), generator), torch.randn(x.shape, generator=generator)
     return vkdnw(net, noise.to(x.device)).single
 
@@ -132,7 +134,7 @@ def params_score(model, x=None, y=None, generator=None):
 PROXIES = dict(ntk=ntk_score, nwot=nwot_score, jacov=jacov_score, synflow=synflow_score, snip=snip_score, grad_norm=grad_norm_score,
                vkdnw=vkdnw_score, flops=flops_score, params=params_score)
 
-# %% ../../nbs/lens/proxy.ipynb #ef540da1
+# %% ../../nbs/lens/proxy.ipynb #672b97cf
 def _chosen(proxies):
     if isinstance(proxies, dict): return proxies
     unknown = [p for p in proxies if p not in PROXIES]
@@ -140,7 +142,7 @@ def _chosen(proxies):
     return {p: PROXIES[p] for p in proxies}
 
 def score_networks(build, genotypes, x, y, proxies=tuple(PROXIES), seeds=(0,)):
-    """Scores of the networks `build(genotype, seed)` on the batch x [N, ...], y [N]: a DataFrame, one row for each genotype, higher is better.
+    """Scores of the networks `build(genotype, seed)` on the batch x [N, ...], y [N]: a DataFrame, a row for each, higher is better.
 
     `build`: e.g. `space.build`. `proxies`: names out of `PROXIES`, or a dict name -> `f(model, x, y, generator) -> float`. Columns: mean
     over `seeds`, and with several seeds NAME_std. `.attrs['seconds']`: name -> seconds that it took in all.
@@ -159,12 +161,13 @@ def score_networks(build, genotypes, x, y, proxies=tuple(PROXIES), seeds=(0,)):
                 except Exception as e: e.add_note(f'genotypes[{i}], proxy {name!r}, seed {seed}'); raise
                 seconds[name] += time.perf_counter() - start
         row = {name: np.mean(v) for name, v in found.items()}
-        rows.append(row if len(seeds) == 1 else row | {f'{name}_std': np.std(v, ddof=1) if np.isfinite(v).all() else np.nan for name, v in found.items()})
+        several = found if len(seeds) > 1 else {}
+        rows.append(row | {f'{name}_std': np.std(v, ddof=1) if np.isfinite(v).all() else np.nan for name, v in several.items()})
     frame = pd.DataFrame(rows, columns=None if rows else list(proxies))
     frame.attrs['seconds'] = seconds
     return frame
 
-# %% ../../nbs/lens/proxy.ipynb #e0068c41
+# %% ../../nbs/lens/proxy.ipynb #a4e18ac0
 def aggregate_ranks(scores: dict, weights=None):
     """Sum of weight * log(rank/n) over several scores of the same n networks (name -> [n], higher is better): [n], at most 0.
 
@@ -176,16 +179,16 @@ def aggregate_ranks(scores: dict, weights=None):
     if not weights.keys() <= scores.keys() or not all(w >= 0 for w in weights.values()):
         raise ValueError(f'weights={weights}: allowed are numbers >= 0 for some of {", ".join(scores)}')
     for name, s in scores.items():
-        if np.isnan(np.asarray(s, dtype=float)).any(): raise ValueError(f'scores[{name!r}] holds NaN: allowed are numbers, -inf for the worst')
+        if np.isnan(np.asarray(s, dtype=float)).any(): raise ValueError(f'scores[{name!r}] holds NaN: allowed are numbers, or -inf')
     return sum(weights.get(name, 1)*np.log(rankdata(np.asarray(s, dtype=float))/len(s)) for name, s in scores.items())
 
 def ndcg(scores, accuracy, P=None, gain='exponential'):
     """Normalised discounted cumulative gain (0 to 1) of the `P` best by `scores` [n] (None: all), judged by `accuracy` [n] >= 0.
 
     gain: 'exponential', 2^a - 1, or 'linear', a. Equal scores get the mean gain of their group, so that the order of rows does not matter.
-    ValueError for lengths that differ, other gains, or P outside 1 to n. Source: Jarvelin, Kekalainen (2002); used by Tybl, Neumann (2025)."""
+    ValueError for lengths that differ, other gains, or P outside 1 to n. Source: Jarvelin, Kekalainen (2002); Tybl, Neumann (2025)."""
     s, a = np.asarray(scores, dtype=float), np.asarray(accuracy, dtype=float)
-    if s.shape != a.shape or s.ndim != 1 or not len(s): raise ValueError(f'scores {s.shape} and accuracy {a.shape}: allowed are equal shapes [n]')
+    if s.shape != a.shape or s.ndim != 1 or not len(s): raise ValueError(f'scores {s.shape}, accuracy {a.shape}: allowed are equal [n]')
     if gain not in ('exponential', 'linear'): raise ValueError(f"gain={gain!r}: allowed are 'exponential', 'linear'")
     if np.isnan(s).any() or not (np.isfinite(a) & (a >= 0)).all(): raise ValueError('scores must not be NaN, and accuracy finite and >= 0')
     P = len(s) if P is None else check_whole('P', P, least=1, most=len(s))

@@ -53,7 +53,7 @@ def _in_chunks(plan, x, counts, memory):
         found.append((f, torch.cat([_entries(uses.get(k, ()), n, f) for k, n in counts.items()], -1).transpose(0, 1)))
     return tuple(torch.cat(t) for t in zip(*found))
 
-# %% ../../nbs/lens/vkdnw.ipynb #122aa8e8
+# %% ../../nbs/lens/vkdnw.ipynb #d95ea052
 def _fisher(f, J, smoothing):
     p = (1 - smoothing)*f.double().softmax(1) + smoothing/f.shape[1]
     J = J.double()
@@ -61,19 +61,20 @@ def _fisher(f, J, smoothing):
     return torch.einsum('bcp,bcq->pq', rows, rows)/len(f)
 
 def weight_fisher(model, x, n_params=128, per_tensor=1, smoothing=.05, memory=2**30):
-    """Fisher information [p, p], float64, of p <= `n_params` weights of a classifier, the mean over samples x [N, ...]; model gives logits [N, C >= 2].
+    """Fisher information [p, p], float64, of p <= `n_params` weights of a classifier, the mean over samples x [N, ...].
 
-    Weights and other arguments: see `sampled_jacobian`. `smoothing` 0 to 1: share of the uniform distribution in the probabilities.
+    The model gives logits [N, C >= 2]. Weights and other arguments: see `sampled_jacobian`. `smoothing` 0 to 1: share of the uniform
+    distribution in the probabilities.
     ValueError naming model, x, smoothing or what `sampled_jacobian` names. Source: Tybl, Neumann (CVPR 2025), section 3."""
     if not 0 <= smoothing <= 1: raise ValueError(f'smoothing={smoothing!r}: allowed is a number from 0 to 1')
     f, J = sampled_jacobian(model, x, n_params, per_tensor, memory)
     if f.shape[1] < 2: raise ValueError(f'model gives {f.shape[1]} output: allowed are logits of at least 2 classes')
     return _fisher(f, J, smoothing)
 
-# %% ../../nbs/lens/vkdnw.ipynb #4994faa4
+# %% ../../nbs/lens/vkdnw.ipynb #864100eb
 @dataclass(frozen=True, eq=False)
 class KnowledgeScore:
-    "`entropy` H of the deciles, `n_layers` parameter tensors, `single` = n_layers + entropy, `eigenvalues` [p] of the Fisher matrix, ascending."
+    "`entropy` H of the deciles, `n_layers` parameter tensors, `single` their sum, `eigenvalues` [p] of the Fisher matrix, ascending."
     entropy: float
     n_layers: int
     single: float
@@ -88,7 +89,7 @@ def decile_entropy(eigenvalues):
     return float(-torch.special.xlogy(q, q).sum())
 
 def vkdnw(model, x, n_params=128, per_tensor=1, smoothing=.05):
-    """`KnowledgeScore` of a classifier about single weights: the higher `single`, the better a network it should become. Not a label is needed.
+    """`KnowledgeScore` of a classifier about single weights: the higher `single`, the better it should become. No label is needed.
 
     Meant for a fresh network (`kaiming_fan_in_`) in evaluation mode and noise x [N, ...], N(0, 1). Arguments as for `weight_fisher`.
     ValueError as there, and for fewer than 10 trainable parameter tensors or n_params < 10. Source: Tybl, Neumann (CVPR 2025)."""
@@ -99,6 +100,7 @@ def vkdnw(model, x, n_params=128, per_tensor=1, smoothing=.05):
     H = decile_entropy(lam)
     return KnowledgeScore(H, tensors, tensors + H, lam)
 
+# %% ../../nbs/lens/vkdnw.ipynb #6cfffadd
 def kaiming_fan_in_(model, generator=None):
     """Draw the weights of dense and convolutional layers from N(0, 2/fan_in); biases 0, norms the identity. In place; returns the model.
 
