@@ -45,10 +45,10 @@ class Outer:
             g = d.new_zeros(*d.shape[:2], self.rows, d.shape[-1])
             at = self.u[None, :, 0, :, None].expand(*d.shape[:2], *d.shape[3:])
             return g.scatter_add_(2, at, d[:, :, 0]).flatten(2)
-        O, N, G, S, C = d.shape                                        # one product for each sample: all outputs' channels are its rows
-        d = d.permute(1, 2, 3, 0, 4).reshape(N*G, S, O*C)
-        g = torch.bmm(d.mT, self.u.reshape(N*G, S, -1)).view(N, G, O, C, -1).permute(2, 0, 1, 3, 4).flatten(2)
-        return g if out is None else out.copy_(g)
+        shape = *d.shape[:3], d.shape[-1], self.u.shape[-1]
+        out = d.new_empty(shape) if out is None else out.view(shape)
+        for o in range(len(d)): torch.matmul(d[o].mT, self.u, out=out[o])
+        return out.flatten(2)
 
     def summed(self, c):
         "The gradient of `sum_no c[n,o] f_o(x_n)` for c [N, O]: [G*C*K], without the gradients of single samples."
@@ -57,14 +57,15 @@ class Outer:
 
 # %% ../../nbs/lens/layer_factors.ipynb #cc18a534
 @patch
-def per_channel(self:Outer, w):
-    "e [N,G,S,C] with d[o] = w[o] e for w [O, G*C], or None where d is not such a product, to within rounding."
+def per_channel(self:Outer, w, check=True):
+    "e [N,G,S,C] with d[o] = w[o] e for w [O, G*C], or None where d is not such a product, to within rounding (if it is to `check`)."
     if w.shape != (len(self.d), self.d.shape[2]*self.d.shape[4]): return None
     w = w.detach().view(len(self.d), 1, self.d.shape[2], 1, -1)
     top = w[:, 0, :, 0].abs().argmax(0)                            # [G, C]: the output that says most about a channel
     scale = w[:, 0, :, 0].gather(0, top[None])[0]
     g, c = (torch.arange(k, device=top.device) for k in top.shape)
     e = self.d[top, :, g[:, None], :, c].permute(2, 0, 3, 1)*torch.where(scale == 0, scale, 1/scale)[:, None]
+    if not check: return e
     r = torch.randn(e.shape[0], e.shape[2], generator=torch.Generator().manual_seed(0)).to(e)      # compared in a random sum over samples, positions
     sums = lambda t: torch.matmul(r.flatten(), t.transpose(-4, -3).flatten(-3, -2))                # [..., N, G, S, C] -> [..., G, C]
     off = sums(self.d) - w[:, 0, :, 0]*sums(e)
@@ -420,7 +421,7 @@ def _factors(self, x, outputs):
     eye = torch.eye(self.outputs, dtype=f.dtype, device=f.device)[outputs]
     across = lambda rows: rows[:, None].expand(-1, len(x), -1)
     end = next((c for c, is_last in zip(calls, last) if is_last and c.source is not None), None)
-    root, rows = (flat, eye) if end is None else (end.source, end.module.weight.detach()[outputs])      # a last dense layer is passed at once
+    root, rows = (flat, eye) if end is None else (end.source, end.module.weight.detach()[outputs])      # past a last dense layer
     d = dict(zip(wanted, _sensitivities(root, [calls[i].edge for i in wanted], across(rows))))
     d.update({i: across(eye) for i in range(len(calls)) if last[i]})
     uses = {k: [] for k in self.ruled}
@@ -449,9 +450,9 @@ def factors(self, x, outputs=slice(None)):
 
 FactorPlan.factors = factors
 
-# %% ../../nbs/lens/layer_factors.ipynb #d5ef584e
-_pointwise = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
-              nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
+# %% ../../nbs/lens/layer_factors.ipynb #16d634eb
+_pointwise = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+              nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
 _pools = {getattr(nn, f'{kind}Pool{k}d') for kind in ('Avg', 'Max', 'AdaptiveAvg', 'AdaptiveMax') for k in (1, 2, 3)}
 _batchnorms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
@@ -467,7 +468,8 @@ def _chain(model, owners):
     leaves, of = _leaves(model), nn.modules.module
     params = [p for m in leaves for p in m._parameters.values() if p is not None]
     known = all(type(m) in _pointwise or type(m) in _pools and not getattr(m, 'return_indices', False) or
-                type(m) is nn.Flatten and m.start_dim >= 1 or type(m) in RULES and type(m) is not nn.MultiheadAttention and _ruled(m) for m in leaves)
+                type(m) is nn.Flatten and m.start_dim >= 1 or
+                type(m) in RULES and type(m) is not nn.MultiheadAttention and _ruled(m) for m in leaves)
     once = len({id(p) for p in params}) == len(params) and all(type(p) is nn.Parameter for p in params)
     hooked = any((of._global_forward_hooks, of._global_forward_pre_hooks, of._global_backward_hooks, of._global_backward_pre_hooks))
     return leaves if known and once and not hooked and all(map(_untouched, model.modules())) else None
@@ -479,7 +481,7 @@ def _samples_first(m, a):
     if fixed: return a.dim() == int(type(m).__name__[-2]) + 2                      # Conv2d: [N, C, H, W]
     return a.dim() >= (1 if isinstance(m, nn.Embedding) or type(m) in _pointwise else 2)
 
-# %% ../../nbs/lens/layer_factors.ipynb #224d5266
+# %% ../../nbs/lens/layer_factors.ipynb #c5f132d3
 def _proved(self, one):
     "Whether the structure alone proves the factors; then everything is decided, and `.sample` holds sizes and factors of one sample."
     if self.chain is None: return False
@@ -495,10 +497,12 @@ def _proved(self, one):
     last = self.chain[-1]
     if h.dim() == 2 and self.outputs > 1 and isinstance(last, nn.Linear) and last in self.owners:
         self.head = last.weight.detach()
-        before = next((m for m in self.chain[-2::-1] if not (type(m) in _pools or type(m) in (*_pointwise, *_batchnorms, nn.Flatten))), None)
+        apart = {*_pools, *_pointwise, *_batchnorms, nn.Flatten}           # layers that keep channels apart
+        before = next((m for m in self.chain[-2::-1] if type(m) not in apart), None)
         if type(before) in _convs and before.out_channels == last.in_features: self.channelwise = set(self.owners.get(before, {}).values())
     return True
 
+# %% ../../nbs/lens/layer_factors.ipynb #9321c2d9
 class _Rectifier(torch.autograd.Function):
     "A ReLU whose slope is a factor: that is faster for a batch of cotangents."
     @staticmethod
@@ -512,6 +516,8 @@ def _sketch(self):
     found = [(self.owners[m], RULES[type(m)](m, a, next(m.parameters()).new_zeros(()).expand(1, *shape))) for m, a, shape in inputs]
     return sizes, {name: [factors[key]] for owner, factors in found for key, name in owner.items()}
 
+FactorPlan._proved, FactorPlan._sketch = _proved, _sketch
+
 def _walk(self, x):
     "What `record` gives, of a plain stack: its layers one after the other."
     h, calls = x, []
@@ -522,7 +528,7 @@ def _walk(self, x):
         calls.append(_Call(m, a.detach(), a._version, source, get_gradient_edge(h), tuple(h.shape)))
     return h, calls
 
-FactorPlan._proved, FactorPlan._sketch, FactorPlan._walk = _proved, _sketch, _walk
+FactorPlan._walk = _walk
 
 # %% ../../nbs/lens/layer_factors.ipynb #08f0a482
 def sample_gradients(model, x):

@@ -121,7 +121,8 @@ def _unit(plan, members, n, outputs, chosen):
     names, parts = tuple(k for k, _ in members), members[0][1]
     if not isinstance(parts[0], Outer): return _Unit(names, None, parts[0])
     cat = lambda ts, dim: ts[0] if len(ts) == 1 else torch.cat(ts, dim)
-    us, d, rows, last = [cat([p.u for p in ps], 2) for _, ps in members], cat([p.d for p in parts], 3), parts[0].rows, len(parts) == 1 and parts[0].identity
+    us, d = [cat([p.u for p in ps], 2) for _, ps in members], cat([p.d for p in parts], 3)
+    rows, last = parts[0].rows, len(parts) == 1 and parts[0].identity
     (G, S, C), K, O = d.shape[2:], rows or sum(u.shape[3] for u in us), plan.outputs
     way = 'pairs' if last else _choose((G, S, K, C), n, O, outputs, plan.channelwise >= set(names))
     if way == 'pairs':                                                 # columns of ones are a number here
@@ -129,7 +130,7 @@ def _unit(plan, members, n, outputs, chosen):
         return _Unit(names, Outer(_beside(slim), d, rows, last), None, True, ones=len(us) - len(slim))
     outer = Outer(_beside(us), d, rows)
     if way == 'channels':
-        e = outer.per_channel(plan.head[chosen])
+        e = outer.per_channel(plan.head[chosen], check=not plan.chain)
         if e is None: raise _NotAProduct('sensitivities of the channels change from sample to sample')
         return _Unit(names, Outer(outer.u, e[None], outer.rows), None, head=plan.head, form=True)
     small = O*K*C < S*(O*C + (1 if outer.rows else K))                  # keep whichever has fewer numbers
@@ -218,7 +219,8 @@ def _sizes(plan, x, n, outputs, split):
 def _small(plan, n, same, memory):
     "The layout of a problem that is far below all bounds, so that one chunk is all; else None."
     if plan.plain: return None
-    numbers = n*sum(math.prod(a)*(math.prod(m.kernel_size) if hasattr(m, 'kernel_size') else 1) + 4*plan.outputs*math.prod(h) for m, a, h in plan.signature)
+    taps = lambda m: math.prod(getattr(m, 'kernel_size', (1,)))
+    numbers = n*sum(math.prod(a)*taps(m) + 4*plan.outputs*math.prod(h) for m, a, h in plan.signature)
     left = memory//next(iter(plan.params.values())).element_size() - 4*numbers
     return _Layout(n, n, plan.outputs, min(2**22, left//4)) if numbers <= 2**21 and same and left > 2**22 else None
 
