@@ -107,6 +107,15 @@ def predictor_cost(space, mode):
     extra = {'generator': torch.Generator().manual_seed(0)} if mode == 'sample' else {}
     return part('cost.predictor:PredictorCost')(fit, space, mode=mode, **extra)
 
+def transfer_cost(space):
+    "Four made-up devices, one of them known by ten measurements only."
+    generator, networks = np.random.default_rng(0), list(space.enumerate())
+    x = torch.cat([part('cost.predictor:encode')(space, {k: w.double() for k, w in space.one_hot(g).items()})[None] for g in networks]).numpy()
+    known = np.exp(.1*x @ generator.random((x.shape[1], 4)) + .01*generator.standard_normal((len(x), 4)))
+    prior = part('cost.transfer:DevicePrior').fit(known[:, :3], x, rank=2, width=.5)
+    rows = prior.choose(10)
+    return part('cost.transfer:TransferCost')(prior.adapt(rows, known[rows, 3]), space)
+
 COSTS = {
     'LUTCost': lambda space: part('cost.expected:LUTCost')(lookup_table(space), space, 'ms', constant=.3),
     'DepthCost': lambda space: part('cost.expected:DepthCost')(lookup_table(space), space, 'ms', constant=.3),
@@ -114,6 +123,8 @@ COSTS = {
     'Affine': lambda space: part('cost.core:Affine')(part('cost.expected:LUTCost')(lookup_table(space), space, 'ms'), 2., .1),
     'Sum': lambda space: (part('cost.expected:LUTCost')(lookup_table(space), space, 'ms')
                           + part('cost.expected:LUTCost')(lookup_table(space, seed=1), space, 'ms')),
+    'MaxCost': lambda space: part('cost.core:MaxCost')(*(part('cost.expected:LUTCost')(lookup_table(space, seed=s), space, 'ms') for s in (0, 1))),
+    'TransferCost': transfer_cost,
     **{f'PredictorCost-{mode}': lambda space, mode=mode: predictor_cost(space, mode) for mode in ('exact', 'sample', 'mean')},
 }
 
@@ -162,7 +173,7 @@ def test_every_operation_is_registered():
 
 def test_every_cost_is_registered():
     base, names = part('cost.core:Cost'), ' '.join(COSTS)
-    for module in ('cost.expected', 'cost.predictor'): importlib.import_module(f'nas_nb.{module}')
+    for module in ('cost.expected', 'cost.predictor', 'cost.transfer'): importlib.import_module(f'nas_nb.{module}')
     missing = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.') and not c.__name__.startswith('_')
                and c.__name__ not in names}
     assert not missing, f'add to COSTS: {sorted(missing)}'
