@@ -1,6 +1,6 @@
 """A full first-order search step of a supernet: the reference loop, our plain path, our fast path, with the same weights and the same batch, taking turns.
 
-    python bench/supernet.py [--quick] [--json] [--threads 2] [--rounds 3]
+    python bench/supernet.py [--quick] [--json] [--threads 2] [--rounds 3] [--space darts nb201]
 
 The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too), contiguous memory format, a full
 backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours is the best of the fast path and, for NAS-Bench-201 and where there
@@ -9,7 +9,7 @@ loss on one batch, Adam on the architecture; loss on another batch, clipping, SG
 The floor is the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
 Where the time goes: shares of the fast step by kind of library call. Two halves: the fast step on half the
 batch in two single-threaded processes at once. Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
-import argparse, copy, json, multiprocessing, os, subprocess, sys, time
+import argparse, copy, ctypes, json, multiprocessing, os, subprocess, sys, time
 import numpy as np, torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -163,6 +163,8 @@ def measure_peak(name, kind, batch, quick, threads):
     space = SPACES[name](quick)
     side, small, full = Side(kind, space.supernet(0), threads), batches(space, 2), batches(space, batch)
     side.step(*(full if kind == 'compiled' else small))                 # libraries load, and programs are written, before the count starts
+    side.net.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)                                    # what the first step left with the allocator goes back
     open('/proc/self/clear_refs', 'w').write('5')
     before = status('VmRSS')
     side.step(*full)
@@ -209,7 +211,7 @@ def two_halves(name, quick, batch, rounds):
     return float(np.median(list(slowest.values())))
 
 def rows(args):
-    for name in SPACES:
+    for name in args.space:
         space = SPACES[name](args.quick)
         for dtype in (torch.float64, torch.float32):
             for what, gaps in disagreement(space, dtype): yield dict(name=f'{name} disagreement {str(dtype)[6:]}: {what}', **gaps, unit='relative')
@@ -249,6 +251,7 @@ def main():
     p.add_argument('--json', action='store_true', help='one JSON object a line')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help="threads of the reference and the plain path (PyTorch's default)")
     p.add_argument('--rounds', type=int, default=3, help='turns of every side')
+    p.add_argument('--space', nargs='+', choices=SPACES, default=list(SPACES), help='which supernets')
     p.add_argument('--peak', help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.peak:
