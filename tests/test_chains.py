@@ -102,7 +102,7 @@ def test_the_same_candidate_has_a_price_for_each_place():
 def test_a_predictor_reads_ragged_groups():
     space, rng = elastic(), np.random.default_rng(0)
     cost, genotypes = price(space).to('KMACs'), list(dict.fromkeys(space.sample(rng) for _ in range(80)))
-    fit = fit_predictor(space, genotypes[:60], [cost.of(g) for g in genotypes[:60]], hidden=(16,), seed=0)
+    fit = fit_predictor(space, genotypes[:60], [cost.of(g) for g in genotypes[:60]], kind='table+mlp', hidden=(16,), seed=0)
     predicted = PredictorCost(fit, space, mode='mean')
     W = {g: w.requires_grad_() for g, w in space.one_hot(genotypes[0]).items()}
     assert predicted(W).item() == pytest.approx(predicted.of(genotypes[0]), rel=1e-4)
