@@ -4,40 +4,23 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from nas_nb.core.data import load_task
+from kill import KillAt, Killed
 from nas_nb.core.run import Checkpoints
 from nas_nb.relax.choice import Gumbel
 from nas_nb.relax.core import Exponential
 from nas_nb.relax.paths import BinaryGate
 from nas_nb.relax.sparse import MaxW, NodeSigmoid
-from nas_nb.search.driver import Budget, Plugin, SearchRecipe, run_search
+from nas_nb.search.driver import Budget, SearchRecipe, run_search
 from nas_nb.search.perturbation import BlankArchitecture, Perturbation, discretization_accuracy, op_influence
 from nas_nb.search.rarts import Split
 from nas_nb.search.select import Magnitude
-from nas_nb.space.cells import CellSpace, nb201_space
 from nas_nb.space.darts import darts_space, robust_space
 from nas_nb.space.gold import gold_space
 
 BUDGET = Budget(epochs=1, batch_size=20)
 
 @pytest.fixture(scope='module')
-def task():
-    task = load_task('digits', limit=200)
-    return replace(task, train=task.train.subset(range(80)))
-
-@pytest.fixture(scope='module')
-def space(): return CellSpace('tiny', nb201_space().ops, 3, None, (1, 8, 8), 10, C=2, stages=1, cells=1)
-
-@pytest.fixture(scope='module')
 def cells(): return robust_space('s3', (1, 8, 8), C=2, cells=3, nodes=2)
-
-class Killed(Exception): pass
-
-class KillAt(Plugin):
-    "Raises at a step of the weights, counted from the beginning of the search"
-    def __init__(self, step): self.step = step
-    def after_w(self, s):
-        if s.step == self.step: raise Killed
 
 def same(a, b):
     for (name, x), y in zip(a.state.net.state_dict().items(), b.state.net.state_dict().values()): assert torch.equal(x, y), name

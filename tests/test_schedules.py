@@ -1,30 +1,13 @@
 """Schedules in a search and in a training loop: resumed in the middle, refused where they cannot work."""
 import math
-from dataclasses import replace
 import pytest
 import torch
-from nas_nb.core.data import load_task
+from kill import KillAt, Killed
 from nas_nb.relax.choice import Softmax
 from nas_nb.relax.core import Constant, Cosine, Exponential, Linear, Schedule
 from nas_nb.relax.sparse import SparseNoisySoftmax
-from nas_nb.search.driver import Budget, Plugin, run_search
+from nas_nb.search.driver import Budget, run_search
 from nas_nb.search.schedules import CosinePower, CosinePowerLR, cosine_power, supernet_gap
-from nas_nb.space.cells import CellSpace, nb201_space
-
-@pytest.fixture(scope='module')
-def task():
-    task = load_task('digits', limit=200)
-    return replace(task, train=task.train.subset(range(80)))
-
-@pytest.fixture(scope='module')
-def space(): return CellSpace('tiny', nb201_space().ops, 3, None, (1, 8, 8), 10, C=2, stages=1, cells=1)
-
-class Killed(Exception): pass
-
-class KillAt(Plugin):
-    def __init__(self, step): self.step = step
-    def after_w(self, s):
-        if s.step == self.step: raise Killed
 
 def test_a_search_on_a_cosine_power_resumes_bitwise(space, task, tmp_path):
     schedules = dict(w_lr=CosinePower(.05, .001, 10., warmup=.2), temperature=Exponential(1., .01))

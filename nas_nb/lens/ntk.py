@@ -309,8 +309,8 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     outputs: 'full' [N1, N2, O, O], 'diag' [N1, N2, O] (equal outputs), 'trace' [N1, N2] (their sum). Frozen parameters do not count.
     layers=True: dict, parameter name -> its component; they sum to the kernel. No gradient flows through the result.
     method: 'auto', layer factors, and for parameters without a rule what costs fewer operations; 'factored', ValueError if there are
-    such; 'jacobian', plain Jacobians and their product; 'ntvp', kernel-vector products, a derivative along each gradient. memory: bytes beyond model, data and result. dtype: compute in it (a copy of the model); half precision
-    only if asked for. Errors: ValueError or TypeError naming model, x1, x2, outputs, method or memory. Source: Engel et al. (2022)."""
+    such; 'jacobian', plain Jacobians and their product; 'ntvp', kernel-vector products, a derivative along each gradient.
+    memory: bytes beyond model, data and result. dtype: compute in it (a copy of the model); half precision only if asked for. Errors: ValueError or TypeError naming model, x1, x2, outputs, method or memory. Source: Engel et al. (2022)."""
     if outputs not in ('full', 'trace', 'diag'): raise ValueError(f"outputs={outputs!r}: allowed are 'full', 'trace', 'diag'")
     if method not in _METHODS: raise ValueError(f'method={method!r}: allowed are {", ".join(map(repr, _METHODS))}')
     model, x1, x2 = _prepare(model, x1, x2, dtype)
