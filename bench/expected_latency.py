@@ -2,8 +2,9 @@
 
     python bench/expected_latency.py [--quick] [--json]
 
-Both compute the expectation over all 15,625 cells of the space and its gradient in the choice weights, in one process, taking turns; results are compared.
-The plain way (the peer) multiplies out the probability of every cell from its six choices and sums. ratio > 1 where the contraction is faster."""
+Both compute the expectation over all 15,625 cells of the space and its gradient in the choice weights, in one
+process, taking turns; results are compared. The plain way (the peer) multiplies out the probability of every
+cell from its six choices and sums. ratio > 1 where the contraction is faster."""
 import argparse, json, time
 import numpy as np, torch
 from nas_nb.cost.collect import sample_genotypes
@@ -33,7 +34,10 @@ def main():
     n = 50 if args.quick else 300
     times = np.array([(timed(fast)[0], timed(slow)[0]) for _ in range(n)])
     mine, theirs = np.median(times, axis=0)
-    row = {'name': 'expected_latency', 'ours': round(mine, 4), 'peer': round(theirs, 4), 'ratio': round(float(np.median(times[:, 1]/times[:, 0])), 2), 'unit': 'ms', 'n': n}
-    print(json.dumps(row) if args.json else f'{"name":<18}{"ours":>10}{"peer":>10}{"ratio":>8}  unit\n{row["name"]:<18}{row["ours"]:>10}{row["peer"]:>10}{row["ratio"]:>8}  {row["unit"]}')
+    row = {'name': 'expected_latency', 'ours': round(mine, 4), 'peer': round(theirs, 4),
+           'ratio': round(float(np.median(times[:, 1]/times[:, 0])), 2), 'unit': 'ms', 'n': n}
+    table = (f'{"name":<18}{"ours":>10}{"peer":>10}{"ratio":>8}  unit\n'
+             f'{row["name"]:<18}{row["ours"]:>10}{row["peer"]:>10}{row["ratio"]:>8}  {row["unit"]}')
+    print(json.dumps(row) if args.json else table)
 
 if __name__ == '__main__': main()

@@ -20,7 +20,8 @@ def peer(networks, x, seconds):
     with torch.inference_mode():
         for network in networks.values():
             network.eval()
-            out.append(1000*Timer('network(x)', globals=dict(network=network, x=x), num_threads=1).blocked_autorange(min_run_time=seconds/len(networks)).median)
+            timer = Timer('network(x)', globals=dict(network=network, x=x), num_threads=1)
+            out.append(1000*timer.blocked_autorange(min_run_time=seconds/len(networks)).median)
     return np.array(out)
 
 def difference(a, b): return float(np.mean(np.abs(a - b)/((a + b)/2)))
@@ -34,10 +35,15 @@ def main():
     networks = {space.to_str(g): space.build(g) for g in sample_genotypes(space, n)}
     x, rows = space.example(1), []
     for r in range(repeats):                      # the two methods take turns, so both meet the same machine
-        start = time.perf_counter(); first, second = ours(networks, x, 2*r), ours(networks, x, 2*r + 1); seconds = (time.perf_counter() - start)/2
+        start = time.perf_counter()
+        first, second = ours(networks, x, 2*r), ours(networks, x, 2*r + 1)
+        seconds = (time.perf_counter() - start)/2
         rows.append((difference(first, second), difference(peer(networks, x, seconds), peer(networks, x, seconds))))
     mine, theirs = np.median(np.array(rows), axis=0)
-    row = {'name': 'repeatability', 'ours': round(100*mine, 3), 'peer': round(100*theirs, 3), 'ratio': round(theirs/mine, 2), 'unit': '% between passes', 'n': repeats}
-    print(json.dumps(row) if args.json else f'{"name":<16}{"ours":>10}{"peer":>10}{"ratio":>8}  unit\n{row["name"]:<16}{row["ours"]:>10}{row["peer"]:>10}{row["ratio"]:>8}  {row["unit"]} (median of {repeats})')
+    row = {'name': 'repeatability', 'ours': round(100*mine, 3), 'peer': round(100*theirs, 3), 'ratio': round(theirs/mine, 2),
+           'unit': '% between passes', 'n': repeats}
+    table = (f'{"name":<16}{"ours":>10}{"peer":>10}{"ratio":>8}  unit\n'
+             f'{row["name"]:<16}{row["ours"]:>10}{row["peer"]:>10}{row["ratio"]:>8}  {row["unit"]} (median of {repeats})')
+    print(json.dumps(row) if args.json else table)
 
 if __name__ == '__main__': main()

@@ -44,9 +44,11 @@ OPERATIONS = {
        for name in (f'k{k}_{block}' for k in (3, 5) for block in ('e1', 'e1_g2', 'e3', 'e6'))},
     'MBConv-k7-se': (lambda: part('ops.mbconv:mbconv')(7, 3, se=.25), ANY),
     **{f'DARTS-{name}': (lambda name=name: part('ops.separable:DARTS_OPS')[name], ANY)
-       for name in ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')},
+       for name in ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5',
+                    'dil_conv_3x3', 'dil_conv_5x5')},
     **{name: (lambda name=name: part(f'ops.separable:{name}'), ANY) for name in ('MaxPool', 'MaxPoolBN', 'Noise')},
-    **{f'{name}-7x7': (lambda name=name: lambda C_in, C_out, stride=1, affine=True: part(f'ops.separable:{name}')(C_in, C_out, 7, stride, affine), ANY)
+    **{f'{name}-7x7': (lambda name=name: lambda C_in, C_out, stride=1, affine=True:
+                       part(f'ops.separable:{name}')(C_in, C_out, 7, stride, affine), ANY)
        for name in ('SepConv', 'DilConv')},
 }
 
@@ -62,9 +64,11 @@ def narrow_chain(make, *args, **kwargs):
 
 def marked_network():
     "A user's own network with two open choices of different candidates."
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+                              torch.nn.Linear(144, 3))
     choose = part('space.markup:choose')
-    choose(net, '0', {'k3': None, 'k1': lambda old: torch.nn.Sequential(torch.nn.MaxPool2d(3, 1), torch.nn.Conv2d(1, 4, 1)), 'k3twice': torch.nn.Conv2d(1, 4, 3)})
+    choose(net, '0', {'k3': None, 'k1': lambda old: torch.nn.Sequential(torch.nn.MaxPool2d(3, 1), torch.nn.Conv2d(1, 4, 1)),
+                      'k3twice': torch.nn.Conv2d(1, 4, 3)})
     return choose(net, '2', {'relu': None, 'identity': torch.nn.Identity()})
 
 SPACES = {
@@ -77,7 +81,8 @@ SPACES = {
     'proxyless': lambda: narrow_chain('proxyless_chain', (4, 6), (2, 1), (1, 2), (3, 5), (1, 2), first=4),
     'elastic': lambda: narrow_chain('elastic_chain', ((4, 1), (6, 2)), (1, 2), (1, 2), (3,), first=4),
     'width': lambda: part('space.width:WidthSpace')([(2, 4), (3, 5, 8)], (1, 2), (1, 8, 8), 3),
-    'marked': lambda: part('space.markup:MarkedSpace')(marked_network, torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 'marked'),
+    'marked': lambda: part('space.markup:MarkedSpace')(marked_network,
+                                                       torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 'marked'),
     'darts': lambda: part('space.darts:darts_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
     'darts-own-cells': lambda: part('space.darts:darts_space')((3, 9, 7), 3, C=2, cells=4, nodes=1, shared=False),
     'gold': lambda: part('space.gold:gold_space')((1, 8, 8), 10, C=4, cells=3, nodes=2),
@@ -110,7 +115,8 @@ def predictor_cost(space, mode):
 def transfer_cost(space):
     "Four made-up devices, one of them known by ten measurements only."
     generator, networks = np.random.default_rng(0), list(space.enumerate())
-    x = torch.cat([part('cost.predictor:encode')(space, {k: w.double() for k, w in space.one_hot(g).items()})[None] for g in networks]).numpy()
+    x = torch.cat([part('cost.predictor:encode')(space, {k: w.double() for k, w in space.one_hot(g).items()})[None]
+                   for g in networks]).numpy()
     known = np.exp(.1*x @ generator.random((x.shape[1], 4)) + .01*generator.standard_normal((len(x), 4)))
     prior = part('cost.transfer:DevicePrior').fit(known[:, :3], x, rank=2, width=.5)
     rows = prior.choose(10)
@@ -123,7 +129,8 @@ COSTS = {
     'Affine': lambda space: part('cost.core:Affine')(part('cost.expected:LUTCost')(lookup_table(space), space, 'ms'), 2., .1),
     'Sum': lambda space: (part('cost.expected:LUTCost')(lookup_table(space), space, 'ms')
                           + part('cost.expected:LUTCost')(lookup_table(space, seed=1), space, 'ms')),
-    'MaxCost': lambda space: part('cost.core:MaxCost')(*(part('cost.expected:LUTCost')(lookup_table(space, seed=s), space, 'ms') for s in (0, 1))),
+    'MaxCost': lambda space: part('cost.core:MaxCost')(*(part('cost.expected:LUTCost')(lookup_table(space, seed=s), space, 'ms')
+                                                         for s in (0, 1))),
     'TransferCost': transfer_cost,
     **{f'PredictorCost-{mode}': lambda space, mode=mode: predictor_cost(space, mode) for mode in ('exact', 'sample', 'mean')},
 }
@@ -143,7 +150,8 @@ def test_op(name, device):
     check_op(make(), cases=cases, device=device)
 
 # one convolution serves all widths, so at one-hot weights there is no operation that could be left out
-# noise in training cannot agree with itself under autocast, nor be compiled as one graph; the compiler, the slowest law, reads each class of spaces once
+# noise in training cannot agree with itself under autocast, nor be compiled as one graph;
+# the compiler, the slowest law, reads each class of spaces once
 NOT_FOR = {'width': ('space_only_chosen_run',), 'darts-s4': ('space_autocast', 'space_compile')}
 NOT_FOR |= dict.fromkeys(('own', 'fbnet-everywhere', 'darts-own-cells', 'darts-s1', 'darts-s2'), ('space_compile',))
 
@@ -160,15 +168,18 @@ def test_cost(name):
 def test_every_relaxation_is_registered():
     base = part('relax.choice:Relax')
     for module in ('sparse', 'paths'): importlib.import_module(f'nas_nb.relax.{module}')
-    exist = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.relax.')}       # channel factors, in search.width, are no choices
+    # channel factors, in search.width, are no choices
+    exist = {c.__name__ for c in base.__subclasses__() if c.__module__.startswith('nas_nb.relax.')}
     missing = exist - {type(make()).__name__ for make in RELAXATIONS.values()}
     assert not missing, f'add to RELAXATIONS: {sorted(missing)}'
 
 def test_every_operation_is_registered():
     conv, separable = (importlib.import_module(f'nas_nb.ops.{name}') for name in ('conv', 'separable'))
-    modules = {n for m in (conv, separable) for n in m.__all__ if isinstance(getattr(m, n), type) and issubclass(getattr(m, n), torch.nn.Module)}
+    modules = {n for m in (conv, separable) for n in m.__all__ if isinstance(getattr(m, n), type)
+               and issubclass(getattr(m, n), torch.nn.Module)}
     missing = {n for n in modules if not any(k.split('-')[0] == n for k in OPERATIONS)}
-    missing |= {n for n in conv.NB201_OPS if f'NB201-{n}' not in OPERATIONS} | {n for n in separable.DARTS_OPS if f'DARTS-{n}' not in OPERATIONS}
+    missing |= {n for n in conv.NB201_OPS if f'NB201-{n}' not in OPERATIONS}
+    missing |= {n for n in separable.DARTS_OPS if f'DARTS-{n}' not in OPERATIONS}
     assert not missing, f'add to OPERATIONS: {sorted(missing)}'
 
 def test_every_cost_is_registered():

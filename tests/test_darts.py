@@ -1,4 +1,5 @@
-"""The spaces of DARTS, GOLD and recurrent cells where they meet the rest: searches through the driver, per-sample weights, published networks."""
+"""The spaces of DARTS, GOLD and recurrent cells where they meet the rest: searches through the driver, per-sample weights,
+published networks."""
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,8 @@ from nas_nb.space.recurrent import darts_rnn_space
 
 SMALL = dict(in_shape=(1, 8, 8), n_classes=10, C=2, cells=3)
 SPACES = {'darts': lambda: darts_space(**SMALL, nodes=2), 'own cells': lambda: darts_space(**SMALL, nodes=2, shared=False),
-          's1': lambda: robust_space('s1', **SMALL), 's4': lambda: robust_space('s4', **SMALL, nodes=2), 'gold': lambda: gold_space(**SMALL, nodes=2),
-          'rnn': lambda: darts_rnn_space(nodes=3, hidden=8, in_shape=(1, 8, 8), n_classes=10)}
+          's1': lambda: robust_space('s1', **SMALL), 's4': lambda: robust_space('s4', **SMALL, nodes=2),
+          'gold': lambda: gold_space(**SMALL, nodes=2), 'rnn': lambda: darts_rnn_space(nodes=3, hidden=8, in_shape=(1, 8, 8), n_classes=10)}
 
 class Switched:
     "The genotype of the largest weights, as `space.genotype` reads them."
@@ -32,7 +33,8 @@ def test_the_driver_searches_it(name):
     relax = NodeSigmoid() if name == 'gold' else Softmax()
     net = space.supernet(0)
     before = [a.detach().clone() for a in net.arch_parameters()]
-    with torch.random.fork_rng(): result = run_search(net, load_task('digits'), relax=relax, select=select, budget=Budget(epochs=1, batch_size=128))
+    with torch.random.fork_rng():
+        result = run_search(net, load_task('digits'), relax=relax, select=select, budget=Budget(epochs=1, batch_size=128))
     moved = [not torch.equal(a, b) for a, b in zip(net.arch_parameters(), before)]
     assert all(moved) and all(a.isfinite().all() for a in net.parameters())
     space.chosen(result.genotype)
@@ -42,8 +44,9 @@ def test_the_driver_searches_it(name):
         x = space.example(4)
         torch.testing.assert_close(net.discretize(result.genotype)(x), net(x, space.one_hot(result.genotype)), atol=1e-4, rtol=1e-4)
     if name not in ('gold', 'rnn'):
-        assert [sum(t == node and op != 'none' for _, t, op in c.edges) for c in result.genotype.cells for node in range(2, space.nodes + 2)].count(2) \
-            == space.nodes*len(space.groups)
+        inputs = [sum(t == node and op != 'none' for _, t, op in c.edges) for c in result.genotype.cells
+                  for node in range(2, space.nodes + 2)]
+        assert inputs.count(2) == space.nodes*len(space.groups)
 
 def test_forbidden_operations_stay_out():
     space = SPACES['s1']()
@@ -54,7 +57,8 @@ def test_forbidden_operations_stay_out():
             assert (w[~allowed] == 0).all() and torch.allclose(w.sum(-1), torch.ones(14))
     g = Magnitude()(type('State', (), dict(net=net, relax=Softmax())))
     assert space.chosen(g) and len(g.cells[0].edges) == 14
-    assert not any(isinstance(m, Choice) and len([op for op in m.ops.values() if sum(p.numel() for p in op.parameters())]) > 2 for m in net.modules())
+    assert not any(isinstance(m, Choice) and len([op for op in m.ops.values() if sum(p.numel() for p in op.parameters())]) > 2
+                   for m in net.modules())
 
 @pytest.mark.parametrize('name', ('darts', 's1', 'gold', 'rnn'))
 def test_weights_of_each_sample_are_those_of_the_sample(name):
@@ -69,9 +73,10 @@ def test_weights_of_each_sample_are_those_of_the_sample(name):
 def test_published_networks():
     "DARTS's first-order cells: 3,169,414 parameters in its evaluation network, the auxiliary head not counted."
     space = darts_space()
-    v1 = ("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 1), "
-          "('sep_conv_3x3', 0), ('skip_connect', 2)], normal_concat=[2, 3, 4, 5], reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), "
-          "('max_pool_3x3', 0), ('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('avg_pool_3x3', 0)], reduce_concat=[2, 3, 4, 5])")
+    v1 = ("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1), ('skip_connect', 0), "
+          "('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 2)], normal_concat=[2, 3, 4, 5], "
+          "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), ('max_pool_3x3', 0), ('max_pool_3x3', 0), "
+          "('skip_connect', 2), ('skip_connect', 2), ('avg_pool_3x3', 0)], reduce_concat=[2, 3, 4, 5])")
     g = space.from_darts(v1)
     net = space.build(g, C=36, cells=20)
     assert sum(p.numel() for p in net.parameters()) == 3_169_414
@@ -80,11 +85,13 @@ def test_published_networks():
     assert sum(isinstance(m, Skip) for m in net.modules()) == 18*3 + 2*3
 
 def test_live_network_is_the_full_one_without_the_dead():
-    "Where nothing dead feeds a live node, both compute the same: every parameter of the live network is one of the full network's that has a gradient."
+    """Where nothing dead feeds a live node, both compute the same: every parameter of the live network is
+    one of the full network's that has a gradient."""
     space = darts_space((1, 8, 8), 10, C=2, cells=5, nodes=2, shared=False)
     rng, lean = np.random.default_rng(0), 0
     for _ in range(30):
-        kept = {g: [(s, t, ('skip_connect', 'sep_conv_3x3')[rng.integers(2)]) for s, t in edges if rng.random() < .45] for g, edges in space.groups.items()}
+        kept = {g: [(s, t, ('skip_connect', 'sep_conv_3x3')[rng.integers(2)]) for s, t in edges if rng.random() < .45]
+                for g, edges in space.groups.items()}
         g = space.with_edges(kept)
         live = space.live_edges(g)
         if not live[-1]:

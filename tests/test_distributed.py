@@ -1,7 +1,8 @@
-"""Two processes that share a batch (torch's DistributedDataParallel over gloo) must train a supernet as one process does with the whole batch.
+"""Two processes that share a batch (torch's DistributedDataParallel over gloo) must train a
+supernet as one process does with the whole batch.
 
-The comparison is made in evaluation mode. In training mode batch norm normalises by the batch it sees: two halves have two means where the whole has
-one, so the gradients differ by design (and `SyncBatchNorm`, which would join the statistics, exists on GPUs only)."""
+The comparison is made in evaluation mode. In training mode batch norm normalises by the batch it sees: two halves have two means where
+the whole has one, so the gradients differ by design (and `SyncBatchNorm`, which would join the statistics, exists on GPUs only)."""
 import os, subprocess, sys
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ SPACES = {
     'mini': mini_space,
     'darts': partial(darts_space, (1, 8, 8), 10, C=4, cells=3, nodes=2),
     'marked': lambda: MarkedSpace(marked, torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 'marked'),
-    'own': partial(CellSpace, 'own', {k: NB201_OPS[k] for k in ('nor_conv_1x1', 'nor_conv_3x3')}, nodes=3, in_shape=(3, 6, 6), n_classes=3, C=4, stages=1),
+    'own': partial(CellSpace, 'own', {k: NB201_OPS[k] for k in ('nor_conv_1x1', 'nor_conv_3x3')}, nodes=3, in_shape=(3, 6, 6),
+                   n_classes=3, C=4, stages=1),
 }
 CASES = [(name, how) for name in SPACES for how in ('inside', 'outside', 'one path')]
 BATCH = 8
@@ -72,7 +74,8 @@ def two(tmp_path_factory):
     "What the two processes found, a pair."
     if not distributed.is_available() or not distributed.is_gloo_available(): pytest.skip('this torch has no gloo')
     folder = tmp_path_factory.mktemp('ddp')
-    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True,
                                   env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(sys.path)}) for rank in range(2)]
     try: said = [p.communicate(timeout=120)[0] for p in processes]
     finally:

@@ -1,4 +1,5 @@
-"""Fast supernets: what must survive beyond equal numbers (those are in the notebook): precision, layouts, copies, compilation, second derivatives, a search."""
+"""Fast supernets: what must survive beyond equal numbers (those are in the notebook): precision, layouts, copies, compilation,
+second derivatives, a search."""
 import copy
 import pytest
 import torch
@@ -30,7 +31,8 @@ def test_float32_agrees_in_one_layout(name):
     space, plain, fast, x = pair(name)
     y = torch.arange(8)
     out = [net(x) for net in (plain, fast)]
-    grads = [flat(torch.autograd.grad(cross_entropy(o, y), [*net.weight_parameters(), *net.arch_parameters()], allow_unused=True, materialize_grads=True))
+    grads = [flat(torch.autograd.grad(cross_entropy(o, y), [*net.weight_parameters(), *net.arch_parameters()], allow_unused=True,
+                                      materialize_grads=True))
              for o, net in zip(out, (plain, fast))]
     assert relative(out[1], out[0]) < 1e-5 and relative(grads[1], grads[0]) < 1e-4
 
@@ -45,8 +47,9 @@ def test_laws_of_spaces(name, monkeypatch):
 def test_only_chosen_operations_are_computed():
     "At one-hot weights an operation that is not chosen gets no gradient, not even zeros."
     space, _, fast, x = pair('darts')
-    g = space.from_darts('Genotype(normal=[("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("skip_connect", 0), ("dil_conv_5x5", 2)], normal_concat=[2, 3], '
-                         'reduce=[("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("sep_conv_5x5", 1)], reduce_concat=[2, 3])')
+    g = space.from_darts('Genotype(normal=[("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("skip_connect", 0), ("dil_conv_5x5", 2)], '
+                         'normal_concat=[2, 3], reduce=[("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), '
+                         '("sep_conv_5x5", 1)], reduce_concat=[2, 3])')
     fast(x, space.one_hot(g)).sum().backward()
     for cell in fast.cells:
         chosen = {e: op for *e, op in [c for c in g.cells if c.group == cell.group][0].edges for e in [tuple(e)]}
@@ -108,7 +111,8 @@ def test_a_compiled_cell_agrees():
     plain = OneCell().double().to(memory_format=torch.channels_last).train()
     compiled = compile_cells(copy.deepcopy(plain)).train()
     assert type(compiled.cell) is CompiledMixedCell
-    x, w, active = torch.randn(4, 4, 6, 6, dtype=torch.float64), torch.rand(1, 5, dtype=torch.float64, requires_grad=True), [tuple(range(5))]
+    x, active = torch.randn(4, 4, 6, 6, dtype=torch.float64), [tuple(range(5))]
+    w = torch.rand(1, 5, dtype=torch.float64, requires_grad=True)
     results = []
     for net in (plain, compiled):
         out = net.cell(x, w, active)

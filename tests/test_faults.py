@@ -1,10 +1,11 @@
-"""Searches that die. Every method of the registry is killed by SIGKILL, in real processes at random moments, and resumed to the bitwise result of the
-undisturbed run; losses that are not finite, full disks, unwritable folders and second processes end with an error that loses nothing.
+"""Searches that die. Every method of the registry is killed by SIGKILL, in real processes at random
+moments, and resumed to the bitwise result of the undisturbed run; losses that are not finite, full disks,
+unwritable folders and second processes end with an error that loses nothing.
 
-A server (this file run as a script) imports torch, with one thread, and forks a process for every search: it computes nothing itself, so its children
-start clean. A child says by a shared byte what it is doing; the server waits until it is in a step, a write or the selection, waits for a random part of
-the time that this took undisturbed, and kills. What the child was doing when it died is counted. Three moments a method; NAS_NB_FLAGS=slow: 20.
-NAS_NB_FAULT_JOBS: servers at work at once (default 2)."""
+A server (this file run as a script) imports torch, with one thread, and forks a process for every search: it computes nothing itself,
+so its children start clean. A child says by a shared byte what it is doing; the server waits until it is in a step, a write or the
+selection, waits for a random part of the time that this took undisturbed, and kills. What the child was doing when it died is counted.
+Three moments a method; NAS_NB_FLAGS=slow: 20. NAS_NB_FAULT_JOBS: servers at work at once (default 2)."""
 import hashlib, json, mmap, os, random, resource, signal, subprocess, sys, time, traceback, warnings
 from collections import Counter
 from dataclasses import replace
@@ -70,7 +71,8 @@ def small_task(kept=[]):   # noqa: B006  made once, in the server
 def digest(result):
     "A number for everything that the search leaves behind: genotype, weights, statistics, optimizers, parts, history."
     from nas_nb.core.run import save_state
-    tree = {k: v for k, v in result.state.snapshot().items() if k != 'rng'}      # outside of the search the generators are the process's own
+    # outside of the search the generators are the process's own
+    tree = {k: v for k, v in result.state.snapshot().items() if k != 'rng'}
     path = save_state(Path(os.environ['NAS_NB_SCRATCH'])/f'digest-{os.getpid()}', dict(genotype=str(result.genotype), **tree))
     try: return hashlib.sha256(path.read_bytes()).hexdigest()
     finally: path.unlink()
@@ -101,7 +103,8 @@ def undisturbed(name):
         watch = Watch()
         with scratch_folder() as folder: found = digest(small_search(name, watch, ckpt=folder))
         ends = {'selection': watch.log[-1][-1]}                 # with what it writes in between
-        return found, [(phase, number, ends.get(phase, later) - at) for (phase, number, at), (_, _, later) in zip(watch.log, watch.log[1:]) if number]
+        return found, [(phase, number, ends.get(phase, later) - at)
+                       for (phase, number, at), (_, _, later) in zip(watch.log, watch.log[1:]) if number]
     return answer(forked(work))
 
 def scratch_folder():
@@ -117,7 +120,8 @@ def killed(name, folder, phase, number, delay):
     pid, read = forked(work)
     deadline = time.perf_counter() + 120
     while watch.begun(phase) < number:
-        if os.waitpid(pid, os.WNOHANG)[0] or time.perf_counter() > deadline: raise RuntimeError(f'{name}: never came to {phase} {number}: {os.fdopen(read).read()}')
+        if os.waitpid(pid, os.WNOHANG)[0] or time.perf_counter() > deadline:
+            raise RuntimeError(f'{name}: never came to {phase} {number}: {os.fdopen(read).read()}')
         time.sleep(0 if phase != 'step' else 2e-4)
     if delay > 1e-3: time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
@@ -151,7 +155,8 @@ def survive(name, n):
 # --- faults that raise ---------------------------------------------------------------------------------------------------------------
 
 def fault(kind):
-    "A search that meets the fault at the end of epoch 2, or in epoch 3: what it said, what is in its folder, and whether it resumes to the undisturbed result."
+    """A search that meets the fault at the end of epoch 2, or in epoch 3: what it said, what is in its folder,
+    and whether it resumes to the undisturbed result."""
     from nas_nb.core.run import Checkpoints
     from nas_nb.search.driver import Plugin, SearchDiverged
     folder, small = Path(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +172,8 @@ def fault(kind):
         trouble = Trouble()
         trouble.on = on
         return small_search('gumbel', plugins=(trouble,), **how)
-    if kind == 'unwritable' and os.geteuid() == 0: os.chmod('.', 0o700); os.chown('.', 65534, 65534); os.seteuid(65534)   # root may write anywhere
+    # root may write anywhere
+    if kind == 'unwritable' and os.geteuid() == 0: os.chmod('.', 0o700); os.chown('.', 65534, 65534); os.seteuid(65534)
     whole = run(False).state.snapshot()
     try: run(True, ckpt=folder)
     except (SearchDiverged, OSError) as e: said = f'{type(e).__name__}: {e}'
@@ -238,17 +244,20 @@ def test_how_many_were_survived(found, capsys):
         print()
         for name, rows in tried.items():
             doing = Counter(row['died'] for row in rows)
-            print(f'{name:<18}{sum(row["survived"] for row in rows):>3} / {len(rows)} survived; died in {", ".join(f"{p} {doing[p]}" for p in PHASES if doing[p])}')
+            print(f'{name:<18}{sum(row["survived"] for row in rows):>3} / {len(rows)} survived; '
+                  f'died in {", ".join(f"{p} {doing[p]}" for p in PHASES if doing[p])}')
     every = [row for rows in tried.values() for row in rows]
     if len(tried) > 5:
         for phase in ('step', 'write'): assert sum(row['died'] == phase for row in every) >= len(tried)/3, f'too few died in a {phase}'
         assert any(row['died'] == 'selection' for row in every)
 
-SAID = {'nan': r'SearchDiverged: the train loss is nan in epoch 3, step 2 of 3', 'full': r'OSError: .*File too large', 'unwritable': r'PermissionError: .*Permission denied'}
+SAID = {'nan': r'SearchDiverged: the train loss is nan in epoch 3, step 2 of 3', 'full': r'OSError: .*File too large',
+        'unwritable': r'PermissionError: .*Permission denied'}
 
 @pytest.mark.parametrize('what,name', [('fault', name) for name in FAULTS])
 def test_an_error_loses_nothing(found, what, name):
-    "The error says what happened; the last good checkpoint is readable, nothing half written lies beside it, and the search resumes to the undisturbed result."
+    """The error says what happened; the last good checkpoint is readable, nothing half written lies beside it,
+    and the search resumes to the undisturbed result."""
     import re
     row = result(found, what, name)
     assert re.match(SAID[name], row['said']), row['said']
@@ -256,7 +265,8 @@ def test_an_error_loses_nothing(found, what, name):
     assert row['files'] == [f'search-{i:09d}.safetensors' for i in range(1, row['epoch'] + 1)]
 
 def test_a_second_job_on_the_folder_is_refused(tmp_path):
-    "While `nas_search` is at work, another one on its folder ends with status 2 and one line that names the process; the first does not notice."
+    """While `nas_search` is at work, another one on its folder ends with status 2 and one line that names the process;
+    the first does not notice."""
     command = [sys.executable, '-c', 'from nas_nb.search.cli import main; main()', '--samples', '200', '--out', 'run']
     env = os.environ | {'PYTHONPATH': str(ROOT), 'NAS_NB_PROGRESS': '0', 'OMP_NUM_THREADS': '1'}
     first = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -267,7 +277,8 @@ def test_a_second_job_on_the_folder_is_refused(tmp_path):
             time.sleep(.02)
         for flag in ('--resume', '--overwrite'):
             second = subprocess.run([*command, flag], cwd=tmp_path, env=env, capture_output=True, text=True)
-            assert second.returncode == 2 and f'in use by process {first.pid}' in second.stderr and second.stderr.count('\n') == 1, second.stderr
+            assert second.returncode == 2 and second.stderr.count('\n') == 1, second.stderr
+            assert f'in use by process {first.pid}' in second.stderr
         assert first.poll() is None and (tmp_path/'run'/'config.json').exists()
     finally: first.kill(); first.wait()
 

@@ -15,7 +15,8 @@ class Residual(nn.Module):
     def __init__(self, width=8):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Hardswish(), nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
+        self.block = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Hardswish(),
+                                   nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width))
         self.deep = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, groups=width, stride=2), nn.Sigmoid(), nn.Conv2d(width, 2*width, 1))
         self.skip, self.head = nn.Conv2d(width, 2*width, 1, stride=2), nn.Linear(4*width, 5)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -210,7 +211,8 @@ def test_an_empty_mask_is_an_error_and_never_a_result():
     rng = np.random.default_rng(0)
     X, y = rng.normal(size=(200, 5)), rng.integers(0, 2, 200)      # nothing to be found
     with pytest.raises(EmptySelection, match='balance=5'): FeatureSelector(balance=5., epochs=30).fit(X, y)
-    with patch('nas_nb.relax.features.PRICES', (5.,)), pytest.raises(EmptySelection, match='any price'): FeatureSelector(epochs=30).fit(X, y)
+    with patch('nas_nb.relax.features.PRICES', (5.,)), pytest.raises(EmptySelection, match='any price'):
+        FeatureSelector(epochs=30).fit(X, y)
 
 def test_constant_columns_are_harmless():
     X, y = additive(200)

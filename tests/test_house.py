@@ -17,7 +17,8 @@ def fresh_export(tmp_path_factory):
     "A copy of the tree in which the package was exported anew and the notebooks were cleaned."
     pytest.importorskip('nbdev')
     copy = tmp_path_factory.mktemp('export')/'nas_nb_copy'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv*', '_docs', '_proc', 'runs', 'build', '*.egg-info', '__pycache__', 'node_modules'))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv*', '_docs', '_proc', 'runs', 'build', '*.egg-info',
+                                                              '__pycache__', 'node_modules'))
     for init in (copy/'nas_nb').rglob('*.py'):
         if init.name != '__init__.py': init.unlink()
     env = {**os.environ, 'PYTHONPATH': str(copy)}
@@ -72,20 +73,24 @@ def test_notebook_exports_to_the_module_of_its_name(path):
 
 def test_texts_name_no_machine_and_no_registry():
     files = [p for p in subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split('\n')
-             if p.endswith(('.py', '.ipynb', '.md', '.txt', '.ini', '.toml', '.yml', '.cfg', '.csv', '.json')) or p in ('Makefile', '.ci/run')]
+             if p.endswith(('.py', '.ipynb', '.md', '.txt', '.ini', '.toml', '.yml', '.cfg', '.csv', '.json'))
+             or p in ('Makefile', '.ci/run')]
     if not files: pytest.skip('not a git checkout')
     pattern = re.compile(r'/(?:home|root|work)/\w|/opt/pypi|index-url|find-links|0x[0-9a-f]{10,}')
-    found = [f'{p}: {m[0]}' for p in files if (ROOT/p).exists() and (m := pattern.search((ROOT/p).read_text(errors='ignore'))) and p != 'tests/test_house.py']
+    found = [f'{p}: {m[0]}' for p in files if (ROOT/p).exists() and (m := pattern.search((ROOT/p).read_text(errors='ignore')))
+             and p != 'tests/test_house.py']
     assert not found, found
 
 def test_import_is_light():
     "`import nas_nb` imports neither torch nor an extra."
-    code = 'import sys, nas_nb; heavy = {"torch", "datasets", "onnx", "onnxruntime", "dask", "ray", "matplotlib"} & set(sys.modules); assert not heavy, heavy'
+    code = ('import sys, nas_nb; heavy = {"torch", "datasets", "onnx", "onnxruntime", "dask", "ray", "matplotlib"} & set(sys.modules); '
+            'assert not heavy, heavy')
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 
 def test_modules_import_no_extra():
     names = [str(p.with_suffix('')).replace(os.sep, '.') for p in MODULES]
-    code = f'import importlib, sys\nfor n in {names!r}: importlib.import_module(n)\nextra = {{"datasets", "onnx", "onnxruntime", "onnxscript", "dask", "distributed", "ray", "nbdev", "entmax", "pyarrow"}} & set(sys.modules)\nassert not extra, extra'
+    code = (f'import importlib, sys\nfor n in {names!r}: importlib.import_module(n)\nextra = {{"datasets", "onnx", "onnxruntime", '
+            f'"onnxscript", "dask", "distributed", "ray", "nbdev", "entmax", "pyarrow"}} & set(sys.modules)\nassert not extra, extra')
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 
 def test_every_notebook_is_in_the_sidebar():
@@ -102,9 +107,11 @@ def test_readme_is_made_from_the_index():
 def test_metadata_agrees_with_the_pins():
     from packaging.requirements import Requirement
     parser = ConfigParser(delimiters=['=']); parser.read(ROOT/'settings.ini')
-    pins = dict(line.split('==') for line in (ROOT/'requirements-tested.txt').read_text().splitlines() if '==' in line and not line.startswith('#'))
+    pins = dict(line.split('==') for line in (ROOT/'requirements-tested.txt').read_text().splitlines() if '==' in line
+                and not line.startswith('#'))
     pins = {k.lower(): v for k, v in pins.items()}
-    for key in ('requirements', 'export_requirements', 'sparse_requirements', 'cluster_requirements', 'dev_requirements', 'docs_requirements'):
+    for key in ('requirements', 'export_requirements', 'sparse_requirements', 'cluster_requirements', 'dev_requirements',
+                'docs_requirements'):
         for text in parser['DEFAULT'][key].split():
             r = Requirement(text)
             assert r.name.lower() in pins, f'{r.name} is asked for and not pinned'

@@ -83,7 +83,8 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(finished, tmp_path, s
     same(probe, bits(reference))
     for p in out.iterdir():
         if p.name not in ('config.json', 'measurements.csv', 'measure.json'): subprocess.run(['rm', '-rf', p], check=True)
-    process = subprocess.Popen(command(*TINY, '--out', out, '--resume'), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*TINY, '--out', out, '--resume'), env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     time.sleep(2.5 + share*max(whole - 2.5, .5))
     process.send_signal(signal.SIGKILL); process.wait()
     resumed = shell(*TINY, '--out', out, '--resume', cwd=tmp_path)
@@ -93,7 +94,8 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(finished, tmp_path, s
 
 def test_measured_rows_survive_a_kill(tmp_path):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(*TINY, '--samples', '200', '--out', out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*TINY, '--samples', '200', '--out', out), env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     table, deadline = out/'measurements.csv', time.time() + 120
     while time.time() < deadline and not (table.exists() and table.read_text().count('\n') > 26): time.sleep(.05)
     process.send_signal(signal.SIGKILL); process.wait()
@@ -106,8 +108,10 @@ def test_measured_rows_survive_a_kill(tmp_path):
     assert after[:len(whole)] == whole and len(after) == 200
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    def interactive(): signal.signal(signal.SIGINT, signal.SIG_DFL)      # a shell's background jobs ignore the signal, and so would their children
-    process = subprocess.Popen(command(*TINY, '--out', 'my run'), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interactive)
+    # a shell's background jobs ignore the signal, and so would their children
+    def interactive(): signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command(*TINY, '--out', 'my run'), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, preexec_fn=interactive)
     while not (tmp_path/'my run'/'config.json').exists(): time.sleep(.05)
     time.sleep(1); process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -150,12 +154,14 @@ def npz(path, **arrays):
     np.savez(path, **arrays)
 
 BAD = {
-    'unknown data set': (['--data', 'no_such_set'], 'no_such_set'), 'unknown space': (['--space', 'elsewhere'], 'elsewhere'), 'unknown device': (['--device', 'abacus'], 'abacus'),
-    'budget without unit': (['--budget', '0.8'], 'unit'), 'budget not positive': (['--budget', '0ms'], '0ms'), 'budget of another kind': (['--budget', '3MB'], '3MB'),
-    'lambda not a number': (['--lambdas', '0,much'], 'much'), 'lambda negative': (['--lambdas', '0,-1'], '-1'), 'too few samples': (['--samples', '7'], 'samples=7'),
-    'no epochs': (['--epochs', '0'], 'epochs=0'), 'too many stages': (['--stages', '9'], 'stages'), 'folder without classes': (['--data', 'empty'], 'empty'),
-    'one class': (['--data', 'one'], 'class'), 'NaN in data': (['--data', 'nan.npz'], 'NaN|nan|finite'), 'part without images': (['--data', 'few.npz'], 'part|class|least'),
-    'folder not writable': (['--out', 'file/run'], 'file')}
+    'unknown data set': (['--data', 'no_such_set'], 'no_such_set'), 'unknown space': (['--space', 'elsewhere'], 'elsewhere'),
+    'unknown device': (['--device', 'abacus'], 'abacus'), 'budget without unit': (['--budget', '0.8'], 'unit'),
+    'budget not positive': (['--budget', '0ms'], '0ms'), 'budget of another kind': (['--budget', '3MB'], '3MB'),
+    'lambda not a number': (['--lambdas', '0,much'], 'much'), 'lambda negative': (['--lambdas', '0,-1'], '-1'),
+    'too few samples': (['--samples', '7'], 'samples=7'), 'no epochs': (['--epochs', '0'], 'epochs=0'),
+    'too many stages': (['--stages', '9'], 'stages'), 'folder without classes': (['--data', 'empty'], 'empty'),
+    'one class': (['--data', 'one'], 'class'), 'NaN in data': (['--data', 'nan.npz'], 'NaN|nan|finite'),
+    'part without images': (['--data', 'few.npz'], 'part|class|least'), 'folder not writable': (['--out', 'file/run'], 'file')}
 if not torch.cuda.is_available(): BAD['no CUDA'] = (['--device', 'cuda'], 'cuda')
 
 @pytest.mark.parametrize('name', BAD)
@@ -176,7 +182,9 @@ def test_damaged_checkpoint_is_named_and_the_last_good_one_used(finished, tmp_pa
     import shutil
     out = tmp_path/'run'
     shutil.copytree(finished[0], out)
-    for p in [*out.glob('search-lambda-0_5.json'), *out.glob('retrain*.json'), *out.glob('randoms.json'), *out.glob('compare.json'), *out.glob('report.*')]: p.unlink()
+    for p in [*out.glob('search-lambda-0_5.json'), *out.glob('retrain*.json'), *out.glob('randoms.json'), *out.glob('compare.json'),
+              *out.glob('report.*')]:
+        p.unlink()
     newest = sorted((out/'checkpoints').glob('search-lambda-0_5*.safetensors'))[-1]
     newest.write_bytes(newest.read_bytes()[:-50])
     done = shell(*TINY, '--out', out, '--resume', cwd=tmp_path)

@@ -26,7 +26,8 @@ def lab(tmp_path_factory):
     pytest.importorskip('jupyterlab', reason="JupyterLab is not installed: pip install -e '.[dev]'")
     folder = tmp_path_factory.mktemp('lab')
     shutil.copytree(ROOT/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints', '_*'))
-    for path in (folder/'nbs').rglob('*.ipynb'):    # what the tests of the notebooks skip is skipped here, and no stored output can pass for a new one
+    # what the tests of the notebooks skip is skipped here, and no stored output can pass for a new one
+    for path in (folder/'nbs').rglob('*.ipynb'):
         nb = json.loads(path.read_text(encoding='utf-8'))
         for cell in nb['cells']:
             if cell['cell_type'] != 'code': continue
@@ -35,13 +36,15 @@ def lab(tmp_path_factory):
         nb['metadata'].pop('widgets', None)
         path.write_text(json.dumps(nb), encoding='utf-8')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = dict(os.environ, JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTER_DATA_DIR=str(folder/'data'), JUPYTER_RUNTIME_DIR=str(folder/'runtime'),
-               JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(folder/'workspaces'), IPYTHONDIR=str(folder/'ipython'),
+    env = dict(os.environ, JUPYTER_CONFIG_DIR=str(folder/'config'), JUPYTER_DATA_DIR=str(folder/'data'),
+               JUPYTER_RUNTIME_DIR=str(folder/'runtime'), JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'),
+               JUPYTERLAB_WORKSPACES_DIR=str(folder/'workspaces'), IPYTHONDIR=str(folder/'ipython'),
                PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), NAS_NB_PROGRESS='0')
     if (ROOT.parent/'shared'/'data').exists(): env.setdefault('NAS_NB_DATA', str(ROOT.parent/'shared'/'data'))
     with (folder/'log').open('w') as log:
-        process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', f'--IdentityProvider.token={TOKEN}',
-                                    f'--ServerApp.root_dir={folder}', '--LabApp.news_url=', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+        process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
+                                    f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={folder}', '--LabApp.news_url=',
+                                    '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
                                    env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     url = f'http://127.0.0.1:{port}'
     try:
@@ -61,7 +64,8 @@ def page():
         b = p.chromium.launch(executable_path=program, args=chromium.ARGS)
         page = b.new_page(viewport={'width': 1400, 'height': 6000})     # high: JupyterLab draws only the cells that are near the screen
         page.faults = []
-        page.on('request', lambda r: None if chromium.local(r.url) or r.url.startswith('ws') and '127.0.0.1' in r.url else page.faults.append(f'leaves this machine: {r.url}'))
+        page.on('request', lambda r: None if chromium.local(r.url) or r.url.startswith('ws') and '127.0.0.1' in r.url
+                else page.faults.append(f'leaves this machine: {r.url}'))
         yield page
         b.close()
 
@@ -96,12 +100,15 @@ def run_all(page, lab, name):
 
 def seen(page):
     "What stands below the widgets: the text and the pictures of their outputs."
-    return page.evaluate('''() => [...document.querySelectorAll('.jp-Notebook :is(.jupyter-widgets-output-area, .widget-output, .widget-image, .widget-html-content)')]
-                               .map(e => e.innerText + (e.tagName == 'IMG' ? e.src : [...e.querySelectorAll('img')].map(i => i.src).join()))''')
+    return page.evaluate('''() => [...document.querySelectorAll(
+                                  '.jp-Notebook :is(.jupyter-widgets-output-area, .widget-output, .widget-image, .widget-html-content)')]
+                               .map(e => e.innerText + (e.tagName == 'IMG' ? e.src :
+                                                                [...e.querySelectorAll('img')].map(i => i.src).join()))''')
 
 def move(page, i):
     "Move the i-th control of the page by one step, by keyboard."
-    control = page.locator('.jp-Notebook :is(.widget-slider .noUi-handle, .widget-dropdown select, .widget-toggle-buttons button:not(.mod-active), .widget-checkbox input)').nth(i)
+    control = page.locator('.jp-Notebook :is(.widget-slider .noUi-handle, .widget-dropdown select, '
+                           '.widget-toggle-buttons button:not(.mod-active), .widget-checkbox input)').nth(i)
     control.scroll_into_view_if_needed()
     tag = control.evaluate('e => e.tagName')
     if tag == 'SELECT': control.select_option(index=(control.evaluate('e => e.selectedIndex') + 1) % control.locator('option').count())
@@ -119,7 +126,8 @@ def test_tour_runs_from_top_to_bottom(lab, page):
 @pytest.mark.parametrize('name', with_widgets() or [pytest.param('', marks=pytest.mark.skip(reason='no notebook has a widget'))])
 def test_widgets_change_the_picture(lab, page, name):
     run_all(page, lab, name)
-    controls = page.locator('.jp-Notebook :is(.widget-slider .noUi-handle, .widget-dropdown select, .widget-toggle-buttons button:not(.mod-active), .widget-checkbox input)')
+    controls = page.locator('.jp-Notebook :is(.widget-slider .noUi-handle, .widget-dropdown select, '
+                            '.widget-toggle-buttons button:not(.mod-active), .widget-checkbox input)')
     controls.first.wait_for(timeout=60_000)
     for i in range(controls.count()):
         end = time.time() + 60

@@ -1,4 +1,5 @@
-"""Marked networks of other people's kinds: torch's own layers, several inputs, ties, trained weights, and a whole search that is stopped and resumed."""
+"""Marked networks of other people's kinds: torch's own layers, several inputs, ties, trained weights,
+and a whole search that is stopped and resumed."""
 import copy, io
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_search_with_a_cost_and_a_limit(relax):
     task, space = load_task('translated_digits'), marked()
     cost = LUTCost(space.table(lambda op, x: sum(p.numel() for p in op.parameters())), space, 'params', constant=170.)
     limit = cost.quantity(space.from_str('first=deep, blocks/0=block, blocks/1=identity'))
-    found = run_search(space.supernet(), task, relax=relax, objective=Soft(cost, lam=1e-5), select=Within(cost, limit), budget=Budget(epochs=2, batch_size=64))
+    found = run_search(space.supernet(), task, relax=relax, objective=Soft(cost, lam=1e-5), select=Within(cost, limit),
+                       budget=Budget(epochs=2, batch_size=64))
     assert cost.of(found.genotype) <= limit.value and Genotype.from_json(found.genotype.to_json()) == found.genotype
     net = found.state.net.discretize(found.genotype)
     assert type(net) is Perceptron and not any(isinstance(m, Choice) for m in net.modules()) and net(X).shape == (8, 10)
@@ -116,7 +118,8 @@ def test_several_inputs_and_recurrent_outputs():
     check_space(space, skip=('space_compile',))
 
 def test_torchs_own_layers_are_marked_or_refused():
-    "In evaluation a TransformerEncoderLayer reads the weights of its parts: such a place is refused when it is marked, not when the search is over."
+    """In evaluation a TransformerEncoderLayer reads the weights of its parts: such a place is refused when it is marked,
+    not when the search is over."""
     x = torch.randn(4, 5, 8)
     def layer(): return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(AttributeError, match="'linear1' is an open choice and has no 'weight'"):

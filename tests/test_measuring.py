@@ -31,10 +31,12 @@ def test_two_pinned_workers_measure_through_dask(space, tmp_path):
     from nas_nb.cost.collect import pin_workers
     path, before = tmp_path/'table.csv', os.sched_getaffinity(0)
     alone = sample_and_measure(space, 4, path=path, chunk=2, rounds=3, progress=False)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    local = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with local as cluster, distributed.Client(cluster) as client:
         with pytest.raises(ValueError, match='cores'): pin_workers(client, threads=1 + len(before))
         given = pin_workers(client)
-        seen = client.run(lambda dask_worker: (dask_worker.name, sorted({c for t in os.listdir('/proc/self/task') for c in os.sched_getaffinity(int(t))})))
+        seen = client.run(lambda dask_worker: (dask_worker.name,
+                                               sorted({c for t in os.listdir('/proc/self/task') for c in os.sched_getaffinity(int(t))})))
         assert {name: cores for name, cores in seen.values()} == given
         assert len({tuple(c) for c in given.values()}) == 2 and all(len(c) == 1 for c in given.values())
         with joblib.parallel_config('dask'): table = sample_and_measure(space, 16, path=path, chunk=3, rounds=3, progress=False)
@@ -65,7 +67,8 @@ def test_a_table_of_another_processor_is_refused(space, tmp_path):
     path = tmp_path/'table.csv'
     table = sample_and_measure(space, 2, path=path, rounds=3, progress=False)
     path.write_text(path.read_text().replace(table['device_name'][0], 'another processor'))
-    with pytest.raises(ValueError, match="device_name='another processor'"): sample_and_measure(space, 4, path=path, rounds=3, progress=False)
+    with pytest.raises(ValueError, match="device_name='another processor'"):
+        sample_and_measure(space, 4, path=path, rounds=3, progress=False)
 
 def test_parquet_holds_what_the_table_holds(space, tmp_path):
     pytest.importorskip('pyarrow', reason='pip install nas_nb[parquet]')
@@ -121,7 +124,9 @@ def test_a_recorded_graph_computes_the_same(net):
 
 # ---- tables of a chain
 @pytest.fixture(scope='module')
-def chain(): return elastic_chain(((4, 1), (6, 2)), depth=(1, 2), er=(1, 2), k=(3,), se=(0.,), stem=(4, 1), first=None, head=8, in_shape=(1, 8, 8), n_classes=4)
+def chain():
+    return elastic_chain(((4, 1), (6, 2)), depth=(1, 2), er=(1, 2), k=(3,), se=(0.,), stem=(4, 1), first=None, head=8,
+                         in_shape=(1, 8, 8), n_classes=4)
 
 @pytest.fixture(scope='module')
 def made_up(chain):
@@ -173,8 +178,9 @@ def test_a_table_is_measured_with_whole_networks(chain):
     cost = table.cost(chain, backend='eager', threads=1, batch=1, device='cpu')
     assert [cost.of(chain.from_str(s)) for s in table.check['genotypes']] == pytest.approx(table.check['predicted'])
 
-@pytest.mark.parametrize('sums, measured, why', [([1.]*25, range(1, 26), 'sums'), (range(25), [3.]*25, 'all 25'), (range(25), range(25), r'values\[0\]=0'),
-                                                 (range(25), range(25, 0, -1), 'slope'), (range(19), range(1, 20), 'at least 20')])
+@pytest.mark.parametrize('sums, measured, why',
+                         [([1.]*25, range(1, 26), 'sums'), (range(25), [3.]*25, 'all 25'), (range(25), range(25), r'values\[0\]=0'),
+                          (range(25), range(25, 0, -1), 'slope'), (range(19), range(1, 20), 'at least 20')])
 def test_corrections_that_mean_nothing(sums, measured, why):
     with pytest.raises(ValueError, match=why): fit_affine(list(sums), list(measured))
 
@@ -189,7 +195,8 @@ def test_a_column_of_unknown_operations_and_a_damaged_line(tmp_path):
     (tmp_path/'t.csv').write_text('\n'.join([head, *lines[:4], lines[4].replace('411', 'fast'), *lines[5:]]))
     with pytest.warns(UserWarning, match='line 6 is damaged'), pytest.raises(ValueError, match='lacks 9 operations.*stage2_block4: k3_e1'):
         load_fbnet_lut(space, tmp_path/'t.csv')
-    with pytest.warns(UserWarning, match='line 6'), pytest.raises(ValueError, match='stage1_block1: k3_e0'): load_fbnet_lut(proxyless_like(), tmp_path/'t.csv')
+    with pytest.warns(UserWarning, match='line 6'), pytest.raises(ValueError, match='stage1_block1: k3_e0'):
+        load_fbnet_lut(proxyless_like(), tmp_path/'t.csv')
 
 def proxyless_like():
     "22 layers of operations that the table does not know."

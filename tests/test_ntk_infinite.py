@@ -1,15 +1,17 @@
-"""Kernels of infinite width and the discriminators made of them: dtypes, devices, the registry, scikit-learn's clone, nothing left behind."""
+"""Kernels of infinite width and the discriminators made of them: dtypes, devices, the registry, scikit-learn's clone,
+nothing left behind."""
 import math
 import pytest, torch
 from sklearn.base import clone
 from torch import nn
 from nas_nb.lens.ntk_gan import EmpiricalKernel, GeneratorFlow, infinite_kernel, kernel_discriminator, particle_flow, sinkhorn_divergence
-from nas_nb.lens.ntk_infinite import (DUAL_ACTIVATIONS, DeepKernelClassifier, DualActivation, HermiteActivation, InfiniteNet, deep_nngp, finite_network,
-                                      infinite_ntk, nngp, optimal_activation, quadrature_dual)
+from nas_nb.lens.ntk_infinite import (DUAL_ACTIVATIONS, DeepKernelClassifier, DualActivation, HermiteActivation, InfiniteNet,
+                                      deep_nngp, finite_network, infinite_ntk, nngp, optimal_activation, quadrature_dual)
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))]
 
-def points(n, d=3, seed=0, dtype=torch.float64): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def points(n, d=3, seed=0, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('act', [*DUAL_ACTIVATIONS, HermiteActivation([0, .5, .5])], ids=str)

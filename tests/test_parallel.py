@@ -1,5 +1,6 @@
-"""A search on two real processes (torchrun, gloo), each with half of every batch, is the search of one process with the whole batch: for every method of
-the registry, in double precision so that a gradient left out cannot hide, and in single precision within 1e-5. And its checkpoints, and its errors.
+"""A search on two real processes (torchrun, gloo), each with half of every batch, is the search of one process
+with the whole batch: for every method of the registry, in double precision so that a gradient left out cannot
+hide, and in single precision within 1e-5. And its checkpoints, and its errors.
 
 All cases are computed in one launch of two processes (this file run as a script), and once more here, on one."""
 import os, subprocess, sys
@@ -30,7 +31,8 @@ SHORT = Budget(1, 20)
 
 def search(name, budget=SHORT, double=False, space=None, task=None, **how):
     space = space or mini_space()
-    net = space.supernet(4 + world_rank())                          # process 1 starts from other weights: it must be given those of process 0
+    # process 1 starts from other weights: it must be given those of process 0
+    net = space.supernet(4 + world_rank())
     if double:
         net = net.double()
         net.register_forward_pre_hook(lambda net, args: (args[0].double(), *args[1:]))
@@ -63,7 +65,8 @@ def checkpoints(folder):
     whole = tensors(run(9))
     said(lambda: run(1, ckpt=mine))
     resumed = tensors(run(9, ckpt=mine, resume=True))
-    facts = dict(bitwise=all(torch.equal(v, resumed[k]) for k, v in whole.items()), files=sorted(p.name for p in mine.glob('*')) if mine.exists() else None)
+    facts = dict(bitwise=all(torch.equal(v, resumed[k]) for k, v in whole.items()),
+                 files=sorted(p.name for p in mine.glob('*')) if mine.exists() else None)
     (folder/'file').write_text('')
     facts['full'] = said(lambda: JointCheckpoints(folder/'file'/'below'))
     net = split_batches(mini_space().supernet(0))
@@ -87,7 +90,8 @@ def two(tmp_path_factory):
     if not dist.is_available() or not dist.is_gloo_available(): pytest.skip('this torch has no gloo')
     folder = tmp_path_factory.mktemp('parallel')
     start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__, str(folder)]
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'NAS_NB_PROGRESS': '0', 'PYTHONPATH': os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])}
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'NAS_NB_PROGRESS': '0',
+                        'PYTHONPATH': os.pathsep.join([str(Path(__file__).resolve().parent.parent), *sys.path])}
     done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     return [torch.load(folder/f'{rank}.pt', weights_only=True) for rank in range(2)], folder
@@ -102,7 +106,8 @@ def test_two_processes_are_one(two, one, name):
     want = one[name]
     for key, v in want.items():
         assert torch.equal(first['cases'][name][key], second['cases'][name][key]), f'{key}: the processes have drifted apart'
-        torch.testing.assert_close(first['cases'][name][key], v, atol=1e-9 if v.dtype == torch.float64 else 1e-5, rtol=0, msg=lambda m: f'{key}: {m}')
+        torch.testing.assert_close(first['cases'][name][key], v, atol=1e-9 if v.dtype == torch.float64 else 1e-5, rtol=0,
+                                   msg=lambda m: f'{key}: {m}')
     if name in METHODS:
         before = mini_space().supernet(4).state_dict()
         assert any(float((v - before[key]).abs().max()) > 1e-3 for key, v in want.items() if v.is_floating_point()), 'nothing was searched'
@@ -118,10 +123,13 @@ def test_a_checkpoint_of_two_is_continued_by_one(two, one):
     resumed = search('rarts', Budget(2, 20), plugins=(StopIn(9),), ckpt=folder, resume=True)
     whole = search('rarts', Budget(2, 20), plugins=(StopIn(9),))
     assert Checkpoints(folder, 'search').steps == [1, 2]
-    for key, v in whole.state.net.state_dict().items(): torch.testing.assert_close(resumed.state.net.state_dict()[key], v, atol=1e-5, rtol=0)
+    for key, v in whole.state.net.state_dict().items():
+        torch.testing.assert_close(resumed.state.net.state_dict()[key], v, atol=1e-5, rtol=0)
 
-@pytest.mark.parametrize('what,message', [('full', 'NotADirectoryError'), ('drift', r"RuntimeError: the networks of processes \[1\] differ"), ('data', r'RuntimeError: the data of processes \[1\] differ'),
-                                          ('tiny', 'ValueError: x holds 1 examples'), ('per sample', 'ValueError: recipe.per_sample'), ('equal', 'no error')])
+@pytest.mark.parametrize('what,message',
+                         [('full', 'NotADirectoryError'), ('drift', r"RuntimeError: the networks of processes \[1\] differ"),
+                          ('data', r'RuntimeError: the data of processes \[1\] differ'), ('tiny', 'ValueError: x holds 1 examples'),
+                          ('per sample', 'ValueError: recipe.per_sample'), ('equal', 'no error')])
 def test_an_error_is_one_of_all_processes(two, what, message):
     import re
     for found in two[0]: assert re.match(message, found['facts'][what]), found['facts'][what]

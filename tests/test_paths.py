@@ -131,7 +131,8 @@ def test_every_registered_space_runs_gated():
                 net.load_state_dict(start)
                 W = draw(net, mode, seed)
                 loss = net(x, unmark(W) if plain else W).pow(2).mean()
-                found.append((loss.detach(), torch.autograd.grad(loss, [*net.arch_parameters(), *net.weight_parameters()], allow_unused=True)))
+                found.append((loss.detach(), torch.autograd.grad(loss, [*net.arch_parameters(), *net.weight_parameters()],
+                                                                 allow_unused=True)))
             (loss, grads), *gated = found
             heard += sum(float(g.abs().sum()) for g in grads[:len(net.arch_parameters())] if g is not None)
             for other, theirs in gated:

@@ -25,12 +25,14 @@ def cells(): return robust_space('s3', (1, 8, 8), C=2, cells=3, nodes=2)
 def same(a, b):
     for (name, x), y in zip(a.state.net.state_dict().items(), b.state.net.state_dict().values()): assert torch.equal(x, y), name
     assert a.genotype == b.genotype and a.state.selection == b.state.selection and a.state.step == b.state.step
-    assert all(torch.equal(p, q) for x, y in zip(a.state.w_opt.state.values(), b.state.w_opt.state.values()) for p, q in zip(x.values(), y.values()))
+    assert all(torch.equal(p, q) for x, y in zip(a.state.w_opt.state.values(), b.state.w_opt.state.values())
+               for p, q in zip(x.values(), y.values()))
 
 # --- killed and resumed ----------------------------------------------------------------------------------------------------------------
 
-SEARCHES = {'first order': dict(), 'gumbel': dict(relax=Gumbel(), schedules=dict(temperature=Exponential(2., .5))), 'blank': dict(blank=True),
-            'gates': dict(relax=BinaryGate()), 'two gates': dict(relax=BinaryGate('two')), 'split': dict(hyper=True), 'max-w': dict(relax=MaxW()),
+SEARCHES = {'first order': dict(), 'gumbel': dict(relax=Gumbel(), schedules=dict(temperature=Exponential(2., .5))),
+            'blank': dict(blank=True), 'gates': dict(relax=BinaryGate()), 'two gates': dict(relax=BinaryGate('two')),
+            'split': dict(hyper=True), 'max-w': dict(relax=MaxW()),
             'noise per sample': dict(relax=Gumbel(), recipe=SearchRecipe(per_sample=True))}
 
 @pytest.mark.parametrize('where, name', [*[('space', name) for name in SEARCHES], ('cells', 'first order'), ('cells', 'gates')])
@@ -43,7 +45,8 @@ def test_a_selection_killed_in_its_middle_resumes_bitwise(name, where, task, req
                           **(dict(hyper=Split()) if hyper else {}), **how, **k)
     whole = run(-1)
     assert whole.state.selection['round'] == dict(space=3, cells=6)[where]
-    for kill in (2, 3, 5) if where == 'space' else (5,):                      # 2 steps an epoch: in the first and second step of round 1, and in round 2
+    # 2 steps an epoch: in the first and second step of round 1, and in round 2
+    for kill in (2, 3, 5) if where == 'space' else (5,):
         folder = tmp_path/str(kill)
         with pytest.raises(Killed): run(kill, ckpt=folder)
         assert Checkpoints(folder, 'search').latest()[1]['state'].get('selection', {}).get('round', 0) == (kill - 2) // 2
@@ -75,12 +78,15 @@ def test_cells_of_darts_get_two_inputs_for_every_node_and_no_none(cells, task):
 
 def test_the_space_of_darts_itself(task):
     space = darts_space((1, 8, 8), C=2, cells=3, nodes=2)
-    result = run_search(space.supernet(0), replace(task, train=task.train.subset(range(16))), select=Perturbation(tune_epochs=0), budget=Budget(1, 8))
-    assert [len(edges) for edges in space.decided(result.genotype).values()] == [4, 4] and result.state.selection['evaluations'] == 10 * 7 + 2 * 3
+    result = run_search(space.supernet(0), replace(task, train=task.train.subset(range(16))), select=Perturbation(tune_epochs=0),
+                        budget=Budget(1, 8))
+    assert [len(edges) for edges in space.decided(result.genotype).values()] == [4, 4]
+    assert result.state.selection['evaluations'] == 10 * 7 + 2 * 3
 
 def test_tables_of_operations_are_respected(task):
     space = robust_space('s1', (1, 8, 8), C=2, cells=3)
-    result = run_search(space.supernet(0), replace(task, train=task.train.subset(range(16))), select=Perturbation(tune_epochs=0), budget=Budget(1, 8))
+    result = run_search(space.supernet(0), replace(task, train=task.train.subset(range(16))), select=Perturbation(tune_epochs=0),
+                        budget=Budget(1, 8))
     assert [len(edges) for edges in space.decided(result.genotype).values()] == [8, 8]
     assert result.state.selection['evaluations'] == 2 * (14 * 2 + 3 + 4 + 3 + 5 + 4 + 3)
 
@@ -145,7 +151,8 @@ def test_a_decided_edge_gets_no_gradient_and_only_its_operation_runs(space, task
 # --- bad input -------------------------------------------------------------------------------------------------------------------------
 
 def test_bad_arguments_are_named(space, task):
-    for bad in (dict(criterion='f1'), dict(order='sorted'), dict(lr_scale=0.), dict(lr_scale=2.), dict(tune_epochs=-1), dict(tune_epochs=1.5), dict(inputs=0)):
+    for bad in (dict(criterion='f1'), dict(order='sorted'), dict(lr_scale=0.), dict(lr_scale=2.), dict(tune_epochs=-1),
+                dict(tune_epochs=1.5), dict(inputs=0)):
         with pytest.raises(ValueError, match=next(iter(bad))): Perturbation(**bad)
     s = run_search(space.supernet(0), task, budget=BUDGET).state
     for edge in (('cell', 3), ('cell', -1), ('reduce', 0), 1, ('cell', 0, 0)):
@@ -155,7 +162,8 @@ def test_bad_arguments_are_named(space, task):
     with pytest.raises(ValueError, match='epochs='): discretization_accuracy(s, ('cell', 0), 1, epochs=-1)
 
 def test_no_images_for_validation_is_said_before_the_search(space, task):
-    with pytest.raises(ValueError, match="level='one' with Perturbation"): run_search(space.supernet(0), task, level='one', select=Perturbation(), budget=BUDGET)
+    with pytest.raises(ValueError, match="level='one' with Perturbation"):
+        run_search(space.supernet(0), task, level='one', select=Perturbation(), budget=BUDGET)
     s = run_search(space.supernet(0), task, level='one', budget=BUDGET).state
     with pytest.raises(ValueError, match="level='one'"): op_influence(s, ('cell', 0))
     with pytest.raises(ValueError, match="level='one'"): discretization_accuracy(s, ('cell', 0), 0)
@@ -167,4 +175,5 @@ def test_a_supernet_that_is_one_hot_already_is_refused(space, task):
 
 def test_spaces_with_several_operations_on_an_edge_are_refused(task):
     space = gold_space((1, 8, 8), C=2, cells=3, nodes=1)
-    with pytest.raises(TypeError, match='several operations'): run_search(space.supernet(0), task, relax=NodeSigmoid(), select=Perturbation(), budget=BUDGET)
+    with pytest.raises(TypeError, match='several operations'):
+        run_search(space.supernet(0), task, relax=NodeSigmoid(), select=Perturbation(), budget=BUDGET)

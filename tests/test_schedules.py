@@ -12,11 +12,13 @@ from nas_nb.search.schedules import CosinePower, CosinePowerLR, cosine_power, su
 def test_a_search_on_a_cosine_power_resumes_bitwise(space, task, tmp_path):
     schedules = dict(w_lr=CosinePower(.05, .001, 10., warmup=.2), temperature=Exponential(1., .01))
     def run(kill, seed=0, schedules=schedules, **k):
-        return run_search(space.supernet(seed), task, relax=SparseNoisySoftmax(Linear(1., 0.)), schedules=schedules, budget=Budget(4, 20), plugins=[KillAt(kill)], **k)
+        return run_search(space.supernet(seed), task, relax=SparseNoisySoftmax(Linear(1., 0.)), schedules=schedules, budget=Budget(4, 20),
+                          plugins=[KillAt(kill)], **k)
     whole = run(-1)
     assert [row['w_lr'] for row in whole.history] == [schedules['w_lr'].value((2 * e - 1) / 8) for e in (1, 2, 3, 4)]
     with pytest.raises(Killed): run(5, ckpt=tmp_path)
-    with pytest.raises(ValueError, match='schedules'): run(-1, schedules=dict(schedules, w_lr=CosinePower(.05, .001, 2., .2)), ckpt=tmp_path, resume=True)
+    with pytest.raises(ValueError, match='schedules'):
+        run(-1, schedules=dict(schedules, w_lr=CosinePower(.05, .001, 2., .2)), ckpt=tmp_path, resume=True)
     resumed = run(-1, seed=7, ckpt=tmp_path, resume=True)
     for a, b in zip(whole.state.net.state_dict().values(), resumed.state.net.state_dict().values()): assert torch.equal(a, b)
 
@@ -29,14 +31,16 @@ def test_the_curve_falls_from_end_to_end_and_never_leaves_its_range(p):
 def test_it_works_with_any_optimizer_and_in_a_chain():
     w = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.AdamW([w], lr=.5)
-    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer, 1., 3), CosinePowerLR(optimizer, 10)], [3])
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.ConstantLR(optimizer, 1., 3),
+                                                                  CosinePowerLR(optimizer, 10)], [3])
     rates = []
     for _ in range(13):
         rates.append(optimizer.param_groups[0]['lr']); optimizer.step(); scheduler.step()
     assert rates[:3] == [.5] * 3 and rates[3:] == [cosine_power(e, 10, 0., .5) for e in range(10)]
 
 def test_bad_numbers_are_named():
-    for bad, name in [(dict(p=.5), 'p='), (dict(p=math.nan), 'p='), (dict(p=math.inf), 'p='), (dict(warmup=-1), 'warmup='), (dict(warmup=10), 'warmup='), (dict(epoch=-1), 'epoch=')]:
+    for bad, name in [(dict(p=.5), 'p='), (dict(p=math.nan), 'p='), (dict(p=math.inf), 'p='), (dict(warmup=-1), 'warmup='),
+                      (dict(warmup=10), 'warmup='), (dict(epoch=-1), 'epoch=')]:
         with pytest.raises(ValueError, match=name): cosine_power(**(dict(epoch=1, total=10, lo=0., hi=1.) | bad))
     with pytest.raises(ValueError, match='total='): CosinePowerLR(torch.optim.SGD([torch.zeros(1)], .1), 0)
 

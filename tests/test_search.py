@@ -45,7 +45,8 @@ class SampledCost(LUTCost):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.generator = torch.Generator().manual_seed(3)
-    def __call__(self, W): return super().__call__({k: Gumbel(hard=True)(w.clamp_min(1e-9).log(), generator=self.generator) for k, w in W.items()})
+    def __call__(self, W):
+        return super().__call__({k: Gumbel(hard=True)(w.clamp_min(1e-9).log(), generator=self.generator) for k, w in W.items()})
 
 class Count(Plugin):
     "Keeps a number in the checkpoint"
@@ -73,17 +74,21 @@ def same(a, b):
 
 def settings(name, space, price):
     sampled = SampledCost(price.table, space, 'ms', 0.1)
-    return {'softmax': dict(), 'one level': dict(level='one'), 'gumbel': dict(relax=Gumbel(), schedules=dict(temperature=Exponential(3., 0.3))),
-            'hard gumbel': dict(relax=Gumbel(hard=True)), 'budget': dict(constraint=LatencyBudget(price, '0.5ms'), select=Within(price, '0.5ms')),
+    return {'softmax': dict(), 'one level': dict(level='one'),
+            'gumbel': dict(relax=Gumbel(), schedules=dict(temperature=Exponential(3., 0.3))), 'hard gumbel': dict(relax=Gumbel(hard=True)),
+            'budget': dict(constraint=LatencyBudget(price, '0.5ms'), select=Within(price, '0.5ms')),
             'sampled cost': dict(objective=Soft(sampled, 0.5), schedules=dict(lam=Cosine(0.1, 0.5))),
             'entropy': dict(schedules=dict(temperature=EntropyAdaptive(Linear(.9, .3), start=.02))),
-            'annealed noise': dict(relax=SparseNoisySoftmax(Linear(2., 0.))), 'gates': dict(relax=BinaryGate()), 'two gates': dict(relax=BinaryGate('two')),
+            'annealed noise': dict(relax=SparseNoisySoftmax(Linear(2., 0.))), 'gates': dict(relax=BinaryGate()),
+            'two gates': dict(relax=BinaryGate('two')),
             'noise per sample': dict(relax=Gumbel(), recipe=SearchRecipe(per_sample=True))}[name]
 
-@pytest.mark.parametrize('name', ['softmax', 'one level', 'gumbel', 'hard gumbel', 'budget', 'sampled cost', 'entropy', 'annealed noise', 'gates',
-                                  'two gates', 'noise per sample'])
+@pytest.mark.parametrize('name',
+                         ['softmax', 'one level', 'gumbel', 'hard gumbel', 'budget', 'sampled cost', 'entropy', 'annealed noise', 'gates',
+                          'two gates', 'noise per sample'])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(name, space, price, task, tmp_path):
-    run = lambda kill, **k: run_search(space.supernet(1), task, budget=BUDGET, seed=1, plugins=[Count(), KillIn(kill)], **settings(name, space, price), **k)
+    run = lambda kill, **k: run_search(space.supernet(1), task, budget=BUDGET, seed=1, plugins=[Count(), KillIn(kill)],
+                                       **settings(name, space, price), **k)
     whole = run(99)
     after = 2 if name != 'one level' else 1
     with pytest.raises(Killed): run(after, ckpt=tmp_path)
@@ -128,7 +133,8 @@ def test_lambda_zero_is_bitwise_the_run_without_cost(space, price, task):
     for cost in (price, SampledCost(price.table, space, 'ms', 0.1)):
         zero = la_search(space.supernet(0), task, cost, budget=BUDGET, relax=Gumbel())
         for a, b in zip(plain.state.net.state_dict().values(), zero.state.net.state_dict().values()): assert torch.equal(a, b)
-    assert la_search(space.supernet(0), task, price, lam=5., budget=BUDGET, relax=Gumbel()).history[-1]['cost'] < float(price(plain.history[-1]['weights']))
+    assert la_search(space.supernet(0), task, price, lam=5., budget=BUDGET,
+                     relax=Gumbel()).history[-1]['cost'] < float(price(plain.history[-1]['weights']))
 
 def test_a_plugin_that_only_looks_changes_nothing(space, task):
     class Look(Plugin):
@@ -137,8 +143,8 @@ def test_a_plugin_that_only_looks_changes_nothing(space, task):
     same(run_search(space.supernet(0), task, budget=BUDGET, relax=Gumbel()),
          run_search(space.supernet(0), task, budget=BUDGET, relax=Gumbel(), plugins=[Look()]))
 
-@pytest.mark.parametrize('change', [dict(seed=1), dict(recipe=SearchRecipe(a_lr=1e-2)), dict(relax=Gumbel()), dict(schedules=dict(temperature=Cosine(1., 0.2))),
-                                    dict(level='one'), dict(budget=Budget(3, 10))])
+@pytest.mark.parametrize('change', [dict(seed=1), dict(recipe=SearchRecipe(a_lr=1e-2)), dict(relax=Gumbel()),
+                                    dict(schedules=dict(temperature=Cosine(1., 0.2))), dict(level='one'), dict(budget=Budget(3, 10))])
 def test_what_should_matter_matters(change, space, task):
     base = run_search(space.supernet(0), task, budget=BUDGET)
     other = run_search(space.supernet(0), task, **(dict(budget=BUDGET) | change))
@@ -265,7 +271,8 @@ def test_the_temperature_follows_the_entropy(space, task):
         def epoch_end(self, s):
             if s.epoch == 2: self.kept = s.snapshot()
             if s.epoch == 4 and not self.times: self.times = 1; s.restore(self.kept)
-    run = lambda temperature, *plugins: run_search(space.supernet(0), task, budget=Budget(8, 20), plugins=plugins, schedules=dict(temperature=temperature))
+    run = lambda temperature, *plugins: run_search(space.supernet(0), task, budget=Budget(8, 20), plugins=plugins,
+                                                   schedules=dict(temperature=temperature))
     adaptive = EntropyAdaptive(target, start=.02, limit=4.)
     a, b = run(adaptive), run(adaptive, Back())
     assert [r['temperature'] for r in a.history] == [r['temperature'] for r in b.history] and adaptive.temperature == .02
@@ -281,7 +288,8 @@ def test_noise_is_annealed_within_a_search(space, task):
     assert sizes == pytest.approx([1 - i/len(sizes) for i in range(len(sizes))])
 
 def test_a_gated_search_moves_only_what_ran(space, task):
-    "Bit for bit, the weight step leaves operations alone that were not drawn; with pairs, other probabilities stay in spite of Adam and decay."
+    """Bit for bit, the weight step leaves operations alone that were not drawn;
+    with pairs, other probabilities stay in spite of Adam and decay."""
     class Look(Plugin):
         def after_a(self, s):
             old, new = self.logits.softmax(-1), s.net.arch['cell'].detach().softmax(-1)
@@ -297,8 +305,8 @@ def test_a_gated_search_moves_only_what_ran(space, task):
     for mode in ('recompute', 'two'): run_search(space.supernet(0), task, budget=Budget(2, 20), relax=BinaryGate(mode), plugins=[Look()])
 
 def test_costs_see_the_mean_of_noise_per_sample(space, price, task):
-    result = run_search(space.supernet(0), task, budget=Budget(1, 20), relax=Gumbel(), recipe=SearchRecipe(per_sample=True), objective=Soft(price, 1.),
-                        constraint=LatencyBudget(price, '0.5ms'))
+    result = run_search(space.supernet(0), task, budget=Budget(1, 20), relax=Gumbel(), recipe=SearchRecipe(per_sample=True),
+                        objective=Soft(price, 1.), constraint=LatencyBudget(price, '0.5ms'))
     assert price.bounds()[0] <= result.history[-1]['cost'] <= price.bounds()[1]
     with pytest.raises(ValueError, match='W must hold'):                  # halves of fewer images than a batch
         run_search(space.supernet(0), task, budget=Budget(1, 100), relax=Gumbel(), recipe=SearchRecipe(per_sample=True))

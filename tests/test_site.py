@@ -21,7 +21,8 @@ def has(page, pattern):
 
 def newest(*folders):
     files = [f for folder in folders for f in (folder.rglob('*') if folder.is_dir() else [folder]) if f.is_file()]
-    return max(f.stat().st_mtime for f in files if '_build' not in f.parts and '_src' not in f.parts and '__pycache__' not in f.parts and 'checkpoints' not in str(f))
+    return max(f.stat().st_mtime for f in files if '_build' not in f.parts and '_src' not in f.parts and '__pycache__' not in f.parts
+               and 'checkpoints' not in str(f))
 
 @pytest.fixture(scope='module')
 def site():
@@ -75,21 +76,24 @@ def test_papers_are_cited_with_their_own_number():
             text = ''.join(cell['source'])
             for number, url in re.findall(r'\[[^\]]*\bpaper (\d+)\b[^\]]*\]\((?:https?://arxiv\.org/\w+/)(\d{4}\.\d{4,5})', text):
                 assert int(number) in papers, f'{path.name}: paper {number}'
-                assert papers[int(number)]['arxiv'] in ('', url), f'{path.name}: paper {number} is arXiv {papers[int(number)]["arxiv"]}, the link says {url}'
+                known = papers[int(number)]['arxiv']
+                assert known in ('', url), f'{path.name}: paper {number} is arXiv {known}, the link says {url}'
 
 def test_links_of_words():
     symbol = docs_pages.Symbol('nas_nb.core.plot', 'plot_cell', 'function')
     words = docs_pages.Words({'nas_nb.core.plot': [symbol]}, {40: {}})
     assert words('see `plot_cell` and `other`') == 'see {py:obj}`plot_cell <nas_nb.core.plot.plot_cell>` and `other`'
     assert words('# `plot_cell`\n```python\n`plot_cell`\n```') == '# `plot_cell`\n```python\n`plot_cell`\n```'
-    assert words('[paper 40](https://arxiv.org/abs/1806.09055), paper 40, a paper 41') == '[paper 40](/papers/040.md), [paper 40](/papers/040.md), a paper 41'
+    cited = words('[paper 40](https://arxiv.org/abs/1806.09055), paper 40, a paper 41')
+    assert cited == '[paper 40](/papers/040.md), [paper 40](/papers/040.md), a paper 41'
 
 def test_widgets_become_stills():
     picture = {'output_type': 'display_data', 'data': {'image/png': 'AAAA'}, 'metadata': {}}
     state = {'top': {'model_name': 'VBoxModel', 'state': {'children': ['IPY_MODEL_slider', 'IPY_MODEL_out']}},
              'slider': {'model_name': 'FloatSliderModel', 'state': {'description': 'step size ξ', 'value': .5}},
              'out': {'model_name': 'OutputModel', 'state': {'outputs': [picture]}}}
-    view = {'output_type': 'display_data', 'metadata': {}, 'data': {'text/plain': 'VBox(...)', 'application/vnd.jupyter.widget-view+json': {'model_id': 'top'}}}
+    view = {'output_type': 'display_data', 'metadata': {},
+            'data': {'text/plain': 'VBox(...)', 'application/vnd.jupyter.widget-view+json': {'model_id': 'top'}}}
     line, still = docs_pages.outputs_of({'outputs': [view]}, state, 'alt')
     assert '<b>step size ξ</b> = 0.5' in line['data']['text/html'] and 'Jupyter' in line['data']['text/html']
     assert still['data'] == {'image/png': 'AAAA'}
@@ -114,7 +118,8 @@ def test_every_exported_name_has_an_entry(site):
 def test_every_paper_has_a_page(site):
     assert len(list((site/'papers').glob('[01]*.html'))) == 119
     table = (site/'papers'/'index.html').read_text(encoding='utf-8')
-    assert len(re.findall(r'href="\d{3}\.html"', table)) == 119 and len(re.findall(r'(?:planned|cited)</p></td>|working</strong>', table)) >= 119
+    assert len(re.findall(r'href="\d{3}\.html"', table)) == 119
+    assert len(re.findall(r'(?:planned|cited)</p></td>|working</strong>', table)) >= 119
 
 # --- with a browser
 
@@ -137,7 +142,8 @@ def check_page(page, base, name):
 @pytest.mark.parametrize('name', PAGES)
 def test_notebook_page(page, base, name): check_page(page, base, name)
 
-@pytest.mark.parametrize('name', ['index.html', *[p for p in PAGES if p != 'index.html'], 'api/index.html', 'papers/index.html', 'papers/001.html', 'search.html'])
+@pytest.mark.parametrize('name', ['index.html', *[p for p in PAGES if p != 'index.html'], 'api/index.html', 'papers/index.html',
+                                  'papers/001.html', 'search.html'])
 def test_narrow_screen(page, base, name):
     "400 pixels wide: nothing makes the page scroll sideways."
     page.set_viewport_size({'width': 400, 'height': 800})

@@ -1,4 +1,5 @@
-"""Spaces as a user meets them: laws over whole spaces, the published tables, networks that leave Python, and the mini table remade in part."""
+"""Spaces as a user meets them: laws over whole spaces, the published tables, networks that leave Python,
+and the mini table remade in part."""
 import io, json, os, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np
@@ -43,7 +44,8 @@ def test_one_hot_supernet_is_the_network(space, mode):
 
 def test_gradients_reach_weight_zero_and_skip_it_otherwise():
     space = small()
-    net, x, g = space.supernet(), space.example(4), space.from_str('|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|skip_connect~2|')
+    net, x, g = (space.supernet(), space.example(4),
+                 space.from_str('|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|skip_connect~2|'))
     calls = []
     for m in net.modules():
         if isinstance(m, Choice):
@@ -76,11 +78,13 @@ def test_all_none_is_zero_and_a_constant_answer():
         built = space.build(g).eval()(space.example(3))
         assert torch.equal(built, built[:1].expand_as(built))
 
-SLOW = pytest.mark.skipif('slow' not in os.environ.get('NAS_NB_FLAGS', '').split(), reason="slow: the compiler makes C++ (NAS_NB_FLAGS=slow)")
+SLOW = pytest.mark.skipif('slow' not in os.environ.get('NAS_NB_FLAGS', '').split(),
+                          reason="slow: the compiler makes C++ (NAS_NB_FLAGS=slow)")
 
 @pytest.mark.parametrize('backend', ('aot_eager', pytest.param('inductor', marks=SLOW)))
 def test_compiled_is_the_same(backend):
-    "Value, gradients of weights and architecture, and running statistics of a compiled supernet in training mode; then the network handed back."
+    """Value, gradients of weights and architecture, and running statistics of a compiled supernet in training mode;
+    then the network handed back."""
     space, x, y, found = mini_space(), mini_space().example(8), torch.arange(8), []
     torch._dynamo.reset()
     for compiled in (False, True):
@@ -90,7 +94,8 @@ def test_compiled_is_the_same(backend):
         found.append([out.detach(), *(p.grad for p in net.parameters()), *net.buffers()])
     for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     plain = net.eval().discretize(space.sample(np.random.default_rng(0)))
-    with torch.no_grad(): torch.testing.assert_close(torch.compile(plain, backend=backend, fullgraph=True)(x), plain(x), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(plain, backend=backend, fullgraph=True)(x), plain(x), atol=1e-5, rtol=1e-4)
 
 # --- NAS-Bench-201 ------------------------------------------------------------------------------------------------------------------
 
@@ -127,7 +132,8 @@ def test_rows_of_the_table(table, genotypes):
     rows = space.table_rows(table['ops'])
     assert rows[[space.position(g) for g in genotypes]].tolist() == list(range(15625))
     assert all(space.at(p) == genotypes[rows[p]] for p in range(0, 15625, 7))
-    assert rows[space.position(space.from_str('|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|'))] == 9930
+    published = '|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|'
+    assert rows[space.position(space.from_str(published))] == 9930
 
 def published_rule(g, flat=False, drop=False):
     "The text by which the table's authors tell cells apart; `flat`: sums within sums merged, `drop`: zero terms left out."
@@ -144,10 +150,12 @@ def published_rule(g, flat=False, drop=False):
     return '+'.join(nodes[3])
 
 def test_expression_against_the_published_classes(table, genotypes):
-    "6,466 functions by the published rule; ours is that rule with zero terms dropped and sums flattened, and never divides one of its classes."
+    """6,466 functions by the published rule; ours is that rule with zero terms dropped and sums flattened,
+    and never divides one of its classes."""
     first = {}
     assert [first.setdefault(published_rule(g), i) for i, g in enumerate(genotypes)] == table['rep'].tolist()
-    counts = [len({published_rule(g, flat, drop) for g in genotypes}) for flat, drop in ((False, False), (False, True), (True, False), (True, True))]
+    counts = [len({published_rule(g, flat, drop) for g in genotypes})
+              for flat, drop in ((False, False), (False, True), (True, False), (True, True))]
     assert counts == [6466, 5390, 5755, 4930]
     ours = [g.expression() for g in genotypes]
     assert len(set(ours)) == 4930 and len(set(zip(ours, table['rep'].tolist()))) == 6466
@@ -176,19 +184,22 @@ def test_onnx(tmp_path):
     pytest.importorskip('onnx'); pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
     space = small()
-    net, x = space.build(space.from_str('|nor_conv_3x3~0|+|skip_connect~0|avg_pool_3x3~1|+|none~0|nor_conv_1x1~1|skip_connect~2|')).eval(), space.example(2)
+    net, x = (space.build(space.from_str('|nor_conv_3x3~0|+|skip_connect~0|avg_pool_3x3~1|+|none~0|nor_conv_1x1~1|skip_connect~2|')).eval(),
+              space.example(2))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(net, (x,), tmp_path/'net.onnx', dynamo=True, verbose=False)
     session = runtime.InferenceSession(tmp_path/'net.onnx', providers=['CPUExecutionProvider'])
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), net(x).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), net(x).detach(),
+                               atol=1e-4, rtol=1e-4)
 
 def test_own_operation_and_too_many_stages():
     class Sharpen(nn.Module):
         def __init__(self, C_in, C_out, stride=1, affine=True):
             super().__init__(); self.mix = nn.Conv2d(C_in, C_out, 1, stride)
         def forward(self, x): return self.mix(x - x.mean((2, 3), keepdim=True))
-    space = CellSpace('own', {'skip_connect': NB201_OPS['skip_connect'], 'sharpen': Sharpen}, nodes=3, edges=((0, 1), (1, 2)), in_shape=(2, 10, 6), n_classes=3, C=4)
+    space = CellSpace('own', {'skip_connect': NB201_OPS['skip_connect'], 'sharpen': Sharpen}, nodes=3, edges=((0, 1), (1, 2)),
+                      in_shape=(2, 10, 6), n_classes=3, C=4)
     g = space.from_str('|sharpen~0|+|sharpen~1|')
     net = space.supernet()
     with torch.no_grad(): torch.testing.assert_close(net.discretize(g)(space.example(2)), net(space.example(2), space.one_hot(g)))

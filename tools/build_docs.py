@@ -2,7 +2,8 @@
 
     python tools/build_docs.py [--serve] [--draft]
 
-Warnings and dead links inside the site are errors. --draft takes notebooks that nbs/sidebar.yml does not list yet leaves out those it lists in vain, and only reports warnings."""
+Warnings and dead links inside the site are errors. --draft takes notebooks that nbs/sidebar.yml
+does not list yet leaves out those it lists in vain, and only reports warnings."""
 import argparse, functools, http.server, importlib.util, shutil, sys, time, webbrowser
 from configparser import ConfigParser
 from html.parser import HTMLParser

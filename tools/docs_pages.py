@@ -1,6 +1,7 @@
 """Pages of the docs site: notebooks in the flavour that MyST reads, an API reference, a page for each paper.
 
-Everything is read from text (notebooks, exported modules, `docs/papers.csv`, `nbs/sidebar.yml`): no cell runs and the package is not imported."""
+Everything is read from text (notebooks, exported modules, `docs/papers.csv`, `nbs/sidebar.yml`):
+no cell runs and the package is not imported."""
 import ast, csv, html, inspect, json, os, re
 from collections import defaultdict
 from pathlib import Path
@@ -30,18 +31,21 @@ def _fields(node):
     out = []
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and not ast.unparse(item.annotation).startswith('ClassVar'):
-            out.append(f'{ast.unparse(item.target)}: {ast.unparse(item.annotation)}' + (f' = {ast.unparse(item.value)}' if item.value else ''))
+            out.append(f'{ast.unparse(item.target)}: {ast.unparse(item.annotation)}'
+                       + (f' = {ast.unparse(item.value)}' if item.value else ''))
     return f'({", ".join(out)})'
 
 def _method(module, owner, node):
     decorators = _decorators(node)
     is_property = any(d in ('property', 'cached_property') or 'as_prop' in d for d in decorators)
-    kind = 'property' if is_property else 'staticmethod' if 'staticmethod' in decorators else 'classmethod' if 'classmethod' in decorators else 'method'
+    kind = ('property' if is_property else 'staticmethod' if 'staticmethod' in decorators else 'classmethod'
+            if 'classmethod' in decorators else 'method')
     signature = '' if is_property else _arguments(node, kind != 'staticmethod')
     return Symbol(module, f'{owner}.{node.name}', kind, signature, ast.get_docstring(node) or '')
 
 def _public(node):
-    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (not node.name.startswith('_') or (node.name == '__call__' and ast.get_docstring(node)))
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (not node.name.startswith('_')
+                                                                          or (node.name == '__call__' and ast.get_docstring(node)))
 
 def _class(module, node, classes):
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name in ('__init__', '__new__')), None)
@@ -65,7 +69,8 @@ def read_package(modules):
     for module in modules:
         trees[module] = ast.parse((ROOT/(module.replace('.', '/') + '.py')).read_text(encoding='utf-8'))
     for module, tree in trees.items():
-        names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'), [])
+        names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'),
+                     [])
         symbols = {}
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
@@ -73,7 +78,8 @@ def read_package(modules):
             elif owners := _patched(node):
                 for owner in owners:
                     if owner in classes and _public(node): classes[owner].members.append(_method(classes[owner].module, owner, node))
-            elif isinstance(node, ast.FunctionDef): symbols[node.name] = Symbol(module, node.name, 'function', _arguments(node, False), ast.get_docstring(node) or '')
+            elif isinstance(node, ast.FunctionDef):
+                symbols[node.name] = Symbol(module, node.name, 'function', _arguments(node, False), ast.get_docstring(node) or '')
             elif isinstance(node, ast.Assign):
                 for target in node.targets:
                     if isinstance(target, ast.Name): symbols[target.id] = Symbol(module, target.id, 'data')
@@ -181,12 +187,14 @@ def _widget(model, state, seen):
     controls, outputs, kind = [], [], entry.get('model_name', '')
     if kind == 'OutputModel': outputs += values.get('outputs', [])
     elif kind == 'ImageModel':
-        outputs += [dict(output_type='display_data', metadata={}, data={'image/' + values.get('format', 'png'): b['data']}) for b in entry.get('buffers', [])]
+        outputs += [dict(output_type='display_data', metadata={}, data={'image/' + values.get('format', 'png'): b['data']})
+                    for b in entry.get('buffers', [])]
     elif kind in ('HTMLModel', 'HTMLMathModel', 'LabelModel'):
         if values.get('value'): outputs.append(dict(output_type='display_data', metadata={}, data={'text/html': values['value']}))
     elif 'value' in values or 'index' in values:
         shown = values.get('value')
-        if shown is None and values.get('_options_labels') and values.get('index') is not None: shown = values['_options_labels'][values['index']]
+        if shown is None and values.get('_options_labels') and values.get('index') is not None:
+            shown = values['_options_labels'][values['index']]
         controls.append((values.get('description') or 'value', shown))
     for child in values.get('children', []):
         c, o = _widget(child.removeprefix('IPY_MODEL_'), state, seen)
@@ -263,7 +271,8 @@ class Notebook:
                                     [t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name)])) if not n.startswith('_'))
         alt = alternative(self.cells, i, options)
         metadata = {'tags': tags, 'mystnb': {'code_prompt_show': 'Imports' if tree else 'Show code', 'image': {'alt': alt}}}
-        out = [dict(cell_type='code', id=cell['id'], execution_count=None, metadata=metadata, source=code, outputs=outputs_of(cell, state, alt))]
+        out = [dict(cell_type='code', id=cell['id'], execution_count=None, metadata=metadata, source=code,
+                    outputs=outputs_of(cell, state, alt))]
         return ([dict(cell_type='markdown', id=cell['id'] + 'a', metadata={}, source=anchors)] if anchors else []) + out
 
     def _relative(self, match, git):
@@ -278,7 +287,8 @@ class Notebook:
         state = self.raw['metadata'].get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
         links = [f'[the file of this notebook]({git}/blob/main/nbs/{self.path})']
         if self.module: links = [f'module {{py:mod}}`{self.module}`', *links]
-        top = f'# {self.title}\n\n' + (f'{{.lead}}\n{words(self.lead, self.module)}\n\n' if self.lead else '') + f'{{.where}}\n{" · ".join(links)}\n'
+        top = f'# {self.title}\n\n' + (f'{{.lead}}\n{words(self.lead, self.module)}\n\n' if self.lead
+                                       else '') + f'{{.where}}\n{" · ".join(links)}\n'
         cells, first = [dict(cell_type='markdown', id='top', metadata={}, source=top)], True
         for i, cell in enumerate(self.cells):
             if cell['cell_type'] == 'code': cells += self._code_cell(i, cell, state)
@@ -301,7 +311,8 @@ def read_sidebar(draft=False):
     contents = yaml.safe_load((ROOT/'nbs'/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     sections = [(None, [e]) if isinstance(e, str) else (e['section'], e['contents']) for e in contents]
     listed = [p for _, paths in sections for p in paths]
-    there = [p.relative_to(ROOT/'nbs').as_posix() for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if not any(q[0] in '._' for q in p.relative_to(ROOT/'nbs').parts)]
+    there = [p.relative_to(ROOT/'nbs').as_posix() for p in sorted((ROOT/'nbs').rglob('*.ipynb'))
+             if not any(q[0] in '._' for q in p.relative_to(ROOT/'nbs').parts)]
     missing, unlisted = [p for p in listed if p not in there], [p for p in there if p not in listed]
     twice = sorted({p for p in listed if listed.count(p) > 1})
     if not draft and (missing or unlisted or twice):
@@ -324,7 +335,8 @@ def _entry(s, words, page, notebook, marks):
     if s.kind in ('staticmethod', 'classmethod'): lines.append(f':{s.kind}:')
     lines += ['', docstring(s.doc, words, s.module) if s.doc else '', '']
     if notebook and s.name in notebook.defined:
-        lines += [f'<a class="where" href="../{notebook.page}.html#{s.name}">in the notebook: {html.escape(notebook.defined[s.name])}</a>', '']
+        lines += [f'<a class="where" href="../{notebook.page}.html#{s.name}">in the notebook: '
+                  f'{html.escape(notebook.defined[s.name])}</a>', '']
     for member in s.members: lines += [_entry(member, words, page, notebook, marks - 1), '']
     return '\n'.join(lines + [':'*marks])
 
@@ -335,7 +347,8 @@ def api_page(module, symbols, notebook, words, git):
     return '\n'.join(head) + '\n\n' + '\n\n'.join(_entry(s, words, module, notebook, 6) for s in symbols) + '\n'
 
 def api_index(sections, package, notebooks):
-    out = ['# API reference', '', 'Every exported name, by module in reading order. Each entry links to the notebook that explains and tests it and to its code.', '']
+    out = ['# API reference', '', 'Every exported name, by module in reading order. Each entry links to the notebook that explains and '
+                                  'tests it and to its code.', '']
     order = []
     for section, paths in sections:
         rows = [(n, package[n.module]) for n in (notebooks[p] for p in paths) if n.module in package]
@@ -343,7 +356,8 @@ def api_index(sections, package, notebooks):
         out += [f'## {section}', '']
         for n, symbols in rows:
             order.append(n.module)
-            out += [f'**[{n.module}](/api/{n.module}.md)**: {plain(n.lead)}', '', ', '.join(f'{{py:obj}}`{s.name} <{s.full}>`' for s in symbols) or '(no names)', '']
+            out += [f'**[{n.module}](/api/{n.module}.md)**: {plain(n.lead)}', '',
+                    ', '.join(f'{{py:obj}}`{s.name} <{s.full}>`' for s in symbols) or '(no names)', '']
     return '\n'.join(out) + '\n```{toctree}\n:hidden:\n\n' + '\n'.join(order) + '\n```\n'
 
 # --- papers ------------------------------------------------------------------------------------------------------------------------------
@@ -365,9 +379,11 @@ def _slug(heading): return re.sub(r'[^\w\- ]', '', heading.lower()).strip().repl
 def paper_page(row, places, names):
     n = int(row['number'])
     arxiv = f'[arXiv:{row["arxiv"]}](https://arxiv.org/abs/{row["arxiv"]})' if row['arxiv'] else 'no arXiv number'
-    out = ['---', 'orphan: true', '---', f'# Paper {n}: {row["title"]}', '', '{.where}', f'{arxiv} · [all papers](/papers/index.md)', '', '## Where it is used', '']
+    out = ['---', 'orphan: true', '---', f'# Paper {n}: {row["title"]}', '', '{.where}', f'{arxiv} · [all papers](/papers/index.md)', '',
+           '## Where it is used', '']
     for notebook, heading, source in places:
-        out.append(f'- [{notebook.title}](/{notebook.path})' + (f': {heading}' if heading != notebook.title else '') + (' (as source)' if source else ''))
+        out.append(f'- [{notebook.title}](/{notebook.path})' + (f': {heading}' if heading != notebook.title else '')
+                   + (' (as source)' if source else ''))
     out += [f'- {{py:obj}}`{s.name} <{s.full}>`' for s in names]
     if not places and not names: out.append(f'Nowhere yet. Planned place: `nas_nb.{row["place"]}`.')
     return '\n'.join(out) + '\n'
@@ -383,12 +399,15 @@ def papers_index(papers, uses):
         arxiv = f'[{row["arxiv"]}](https://arxiv.org/abs/{row["arxiv"]})' if row['arxiv'] else ''
         title = row['title'].replace('|', '\\|')
         rows.append(f'| {n} | [{title}](/papers/{n:03d}.md) | {arxiv} | {"**working**" if done else state} | {where} |')
-    return '\n'.join(['# Papers and systems', '', f'The {len(papers)} papers that the package turns into working systems. A system is **working** when the notebook of its module names '
-                      'the paper as its source. *Cited* means that notebooks use something of it, *planned* that none does yet; in both cases the last column names the module '
+    return '\n'.join(['# Papers and systems', '', f'The {len(papers)} papers that the package turns into working systems. '
+                                                  f'A system is **working** when the notebook of its module names '
+                      'the paper as its source. *Cited* means that notebooks use something of it, *planned* that none does yet; '
+                      'in both cases the last column names the module '
                       f'that will hold the system. Working: {working} of {len(papers)}.', '',
                       '{.systems}', '| | paper | arXiv | state | where |', '|---|---|---|---|---|', *rows]) + '\n'
 
-# --- all of it -----------------------------------------------------------------------------------------------------------------------------
+# --- all of it
+# -----------------------------------------------------------------------------------------------------------------------------
 
 def pages(settings, draft=False):
     "`{path below docs/_src: text}` of the whole site."
@@ -398,9 +417,11 @@ def pages(settings, draft=False):
     package = read_package([n.module for n in notebooks.values() if n.module and (ROOT/(n.module.replace('.', '/') + '.py')).exists()])
     words, uses = Words(package, papers), paper_uses(notebooks, package, papers)
     out = {p: n.convert(words, git) for p, n in notebooks.items()}
-    trees = [f'```{{toctree}}\n:hidden:\n:caption: {s}\n\n' + '\n'.join(notebooks[p].page for p in paths) + '\n```' for s, paths in sections if s]
+    trees = [f'```{{toctree}}\n:hidden:\n:caption: {s}\n\n' + '\n'.join(notebooks[p].page for p in paths) + '\n```'
+             for s, paths in sections if s]
     trees.append('```{toctree}\n:hidden:\n:caption: reference\n\napi/index\npapers/index\n```')
-    front = out.get('index.ipynb') or dict(cells=[dict(cell_type='markdown', id='top', metadata={}, source=f'# {settings["title"]}\n\n{settings["description"]}')],
+    front = out.get('index.ipynb') or dict(cells=[dict(cell_type='markdown', id='top', metadata={},
+                                                       source=f'# {settings["title"]}\n\n{settings["description"]}')],
                                            metadata={}, nbformat=4, nbformat_minor=5)
     front['cells'].append(dict(cell_type='markdown', id='tree', metadata={}, source='\n\n'.join(trees)))
     out['index.ipynb'] = front

@@ -1,4 +1,5 @@
-"""Particle flows on eight Gaussians with seven kernels and three losses: energy distance and Sinkhorn divergence on the way, in nbs/lens/ntk_gan_flow.csv.
+"""Particle flows on eight Gaussians with seven kernels and three losses: energy distance and Sinkhorn divergence on the way,
+in nbs/lens/ntk_gan_flow.csv.
 
     python tools/make_gan_flow.py            about 8 minutes on one core; rows that are already there are kept"""
 import math, warnings
@@ -14,7 +15,8 @@ KERNELS = {'Gaussian': gaussian_kernel, 'ReLU': infinite_kernel, 'ReLU, no bias'
               for name, act in (('ReLU', 'relu'), ('GELU', 'gelu'))},
            'erf': lambda: infinite_kernel('erf'), 'ReLU, NNGP': lambda: infinite_kernel(kind='nngp')}
 RUNS = [(k, 'ipm') for k in KERNELS] + [('ReLU', 'vanilla'), ('ReLU', 'lsgan')]
-SEEDS = {run: 3 if i < 5 else 1 for i, run in enumerate(RUNS)}                       # a claim rests on three seeds; the other rows are for the eye
+# a claim rests on three seeds; the other rows are for the eye
+SEEDS = {run: 3 if i < 5 else 1 for i, run in enumerate(RUNS)}
 
 def eight_gaussians(n, generator):
     "n points around 8 centres on a circle of radius 5, standard deviation 0.5."
@@ -25,7 +27,8 @@ def one(kernel, loss, seed):
     g = torch.Generator().manual_seed(seed)
     real = eight_gaussians(200, g); fake = torch.randn(200, 2, generator=g)
     path = particle_flow(fake, real, KERNELS[kernel](), loss, eta=1000., steps=400, every=50)
-    return [dict(kernel=kernel, loss=loss, seed=seed, step=50*i, energy=energy_distance(x, real), sinkhorn=sinkhorn_divergence(x, real)) for i, x in enumerate(path)]
+    return [dict(kernel=kernel, loss=loss, seed=seed, step=50*i, energy=energy_distance(x, real), sinkhorn=sinkhorn_divergence(x, real))
+            for i, x in enumerate(path)]
 
 if __name__ == '__main__':
     torch.set_num_threads(1); warnings.simplefilter('ignore')

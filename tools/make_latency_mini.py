@@ -18,7 +18,8 @@ ASKED = [dict(lam=v) for v in (0., 0.01, 0.03, 0.1, 0.3)] + [dict(limit=v) for v
 def price_list(space):
     "A made-up latency in ms of each operation of the mini space."
     prices = dict(none=0., skip_connect=0.02, nor_conv_1x1=0.1, nor_conv_3x3=0.3, avg_pool_3x3=0.2)
-    return LUTCost({g: torch.tensor([prices[op] for op in space.op_names]).repeat(len(e), 1) for g, e in space.groups.items()}, space, unit='ms', constant=0.2)
+    return LUTCost({g: torch.tensor([prices[op] for op in space.op_names]).repeat(len(e), 1) for g, e in space.groups.items()}, space,
+                   unit='ms', constant=0.2)
 
 def one(seed, ask):
     "One search: what was asked, the genotype, its price and ground truth; for λ = 0 also what selection alone finds within each budget."
@@ -26,7 +27,8 @@ def one(seed, ask):
     task = replace(task, train=Split(torch.cat([task.train.x, task.val.x]), torch.cat([task.train.y, task.val.y])))
     price = price_list(space)
     result = la_search(space.supernet(seed), task, price, **ask, budget=Budget(15, 16), seed=seed)
-    row = lambda kind, asked, g: dict(kind=kind, asked=asked, seed=seed, genotype=space.to_str(g), price=price.of(g), truth=truth[space.to_str(g)])
+    row = lambda kind, asked, g: dict(kind=kind, asked=asked, seed=seed, genotype=space.to_str(g), price=price.of(g),
+                                      truth=truth[space.to_str(g)])
     if 'limit' in ask: return [row('budget', ask['limit'], result.genotype)]
     rows = [row('lam', str(ask['lam']), result.genotype)]
     if ask['lam'] == 0: rows += [row('selection only', a['limit'], Within(price, a['limit'])(result.state)) for a in ASKED if 'limit' in a]

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python tools/make_mini_truth.py [--jobs 2] [--out FILE]
 
-Genotypes with the same `canonical()` build the same network: same modules in the same order, so the same seed gives the same weights, batches
-and result, bit for bit (tests/test_spaces.py checks it). One of each of the 85 classes is therefore trained, with each of 3 seeds, and its row
-is written for all members of the class. Every finished training is kept at once in FILE.partial: a killed run goes on where it was."""
+Genotypes with the same `canonical()` build the same network: same modules in the same order, so the same seed
+gives the same weights, batches and result, bit for bit (tests/test_spaces.py checks it). One of each of the 85
+classes is therefore trained, with each of 3 seeds, and its row is written for all members of the class. Every
+finished training is kept at once in FILE.partial: a killed run goes on where it was."""
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import json, sys
@@ -28,7 +29,8 @@ def main(jobs: int = 1,                                        # trainings at th
          out: str = str(ROOT/'nas_nb'/'space'/'mini_truth.csv')):  # table to write
     "Train every network of the mini space, resumable"
     space, partial = mini_space(), Path(out + '.partial')
-    done = {(r['genotype'], r['seed']): r['accuracy'] for r in map(json.loads, partial.read_text().splitlines())} if partial.exists() else {}
+    done = {(r['genotype'], r['seed']): r['accuracy']
+            for r in map(json.loads, partial.read_text().splitlines())} if partial.exists() else {}
     first = {}                                                 # canonical -> text of the member that is trained
     for g in space.enumerate(): first.setdefault(g.canonical(), space.to_str(g))
     todo = [(text, seed) for seed in SEEDS for text in first.values() if (text, seed) not in done]

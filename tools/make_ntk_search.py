@@ -2,8 +2,9 @@
 
     python tools/make_ntk_search.py            about 3 minutes on one core; rows that are there are kept
 
-Batch: the first 32 training images of `mini_task()`, standardised as there. `trace`, `effective_rank` and `alignment` are of the tangent kernel of
-that batch, summed over outputs, norms holding the statistics of the batch; `ntk` is minus the logarithm of its condition number."""
+Batch: the first 32 training images of `mini_task()`, standardised as there. `trace`, `effective_rank` and
+`alignment` are of the tangent kernel of that batch, summed over outputs, norms holding the statistics of
+the batch; `ntk` is minus the logarithm of its condition number."""
 import csv
 from pathlib import Path
 import math
@@ -23,7 +24,8 @@ def spectral(net, x, y):
     spectrum, H = NTKSpectrum(K.to(x.dtype)), torch.eye(len(x), dtype=K.dtype) - 1/len(x)
     labels, centred = H @ F.one_hot(y).double() @ F.one_hot(y).double().T @ H, H @ K @ H
     alignment = (centred*labels).sum()/(centred.norm()*labels.norm()) if centred.norm() > 0 else 0.
-    return dict(ntk=-math.log(spectrum.condition), trace=math.log(max(spectrum.trace, 1e-30)), effective_rank=spectrum.effective_rank, alignment=float(alignment))
+    return dict(ntk=-math.log(spectrum.condition), trace=math.log(max(spectrum.trace, 1e-30)), effective_rank=spectrum.effective_rank,
+                alignment=float(alignment))
 
 if __name__ == '__main__':
     torch.set_num_threads(1)

@@ -2,7 +2,8 @@
 
     python tools/make_perturbation_mini.py [SEEDS]     5 seeds, about 7 minutes on one core; rows that are already there are kept
 
-perturbation_mini.csv: a row for each supernet, selector and seed. perturbation_edges.csv: a row for each operation of each edge of the first-order supernets."""
+perturbation_mini.csv: a row for each supernet, selector and seed.
+perturbation_edges.csv: a row for each operation of each edge of the first-order supernets."""
 import sys
 from pathlib import Path
 import pandas as pd
@@ -16,7 +17,8 @@ from nas_nb.search.select import Magnitude
 from nas_nb.space.mini import mini_space, mini_truth
 
 SUPERNETS = {'first order': (), 'blank': (BlankArchitecture(),)}
-SELECTORS = {'magnitude': Magnitude(), 'perturbation': Perturbation(), 'perturbation, loss': Perturbation('loss'), 'perturbation, untuned': Perturbation(tune_epochs=0)}
+SELECTORS = {'magnitude': Magnitude(), 'perturbation': Perturbation(), 'perturbation, loss': Perturbation('loss'),
+             'perturbation, untuned': Perturbation(tune_epochs=0)}
 
 def picks(supernet, seed, state):
     "A row for each selector, all from the same finished search."
@@ -38,7 +40,8 @@ def edges(seed, state):
         by = {c: op_influence(state, ('cell', row), c) for c in ('acc', 'loss')}
         for op, name in enumerate(space.op_names):
             yield dict(seed=seed, row=row, op=name, weight=weights[row, op].item(), acc=by['acc'][op].item(), loss=by['loss'][op].item(),
-                       cut=discretization_accuracy(state, ('cell', row), op, epochs=0), worth=discretization_accuracy(state, ('cell', row), op))
+                       cut=discretization_accuracy(state, ('cell', row), op, epochs=0),
+                       worth=discretization_accuracy(state, ('cell', row), op))
 
 if __name__ == '__main__':
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""Search the mini space with every hypergradient, and on one level, with five seeds each; what was found and its truth: nbs/search/rarts_mini.csv.
+"""Search the mini space with every hypergradient, and on one level, with five seeds each;
+what was found and its truth: nbs/search/rarts_mini.csv.
 
     python tools/make_rarts_mini.py            about 15 minutes on one core; rows that are already there are kept"""
 from pathlib import Path

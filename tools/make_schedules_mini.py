@@ -2,7 +2,8 @@
 
     python tools/make_schedules_mini.py        about 12 minutes on one core; rows that are already there are kept
 
-schedules_mini.csv: a row for each setting and seed of the searches. schedules_power.csv: a row for each exponent and seed of the training."""
+schedules_mini.csv: a row for each setting and seed of the searches.
+schedules_power.csv: a row for each exponent and seed of the training."""
 from pathlib import Path
 import pandas as pd
 import torch
@@ -18,8 +19,9 @@ from nas_nb.search.schedules import CosinePowerLR, supernet_gap
 from nas_nb.space.mini import mini_space, mini_truth
 
 def noisy(): return SparseNoisySoftmax(Linear(1., 0.))
-SETTINGS = {'softmax, t = 1': (Softmax(), Constant(1.)), 'softmax, t = 0.01': (Softmax(), Constant(.01)), 'softmax, t 1 to 0.01': (Softmax(), Exponential(1., .01)),
-            'noisy, t = 0.01': (noisy(), Constant(.01)), 'noisy, t 1 to 0.01': (noisy(), Exponential(1., .01)),
+SETTINGS = {'softmax, t = 1': (Softmax(), Constant(1.)), 'softmax, t = 0.01': (Softmax(), Constant(.01)),
+            'softmax, t 1 to 0.01': (Softmax(), Exponential(1., .01)), 'noisy, t = 0.01': (noisy(), Constant(.01)),
+            'noisy, t 1 to 0.01': (noisy(), Exponential(1., .01)),
             'noisy, entropy 0.95 to 0.05': (noisy(), EntropyAdaptive(Linear(.95, .05)))}
 
 def one(setting, seed):
@@ -29,8 +31,9 @@ def one(setting, seed):
     start = net.arch['cell'].detach().clone()
     result = run_search(net, whole_task(), relax=relax, schedules=dict(temperature=temperature), budget=Budget(30, 50), seed=seed)
     g, (soft, hard) = space.to_str(result.genotype), supernet_gap(result.state, result.genotype)
-    return dict(setting=setting, seed=seed, genotype=g, truth=truth[g], supernet=soft, cut=hard, moved=(net.arch['cell'].detach() - start).abs().mean().item(),
-                entropy=result.history[-1]['entropy'], temperature=result.history[-1]['temperature'])
+    return dict(setting=setting, seed=seed, genotype=g, truth=truth[g], supernet=soft, cut=hard,
+                moved=(net.arch['cell'].detach() - start).abs().mean().item(), entropy=result.history[-1]['entropy'],
+                temperature=result.history[-1]['temperature'])
 
 def train(p, seed, epochs=12, batch=50):
     "Training loss and test accuracy of three 3x3 convolutions after `epochs` on the 800 training images."

@@ -24,7 +24,8 @@ def one(setting, seed):
     space, truth, (relax, budget) = mini_space(), mini_truth().set_index('genotype')['mean'], SETTINGS[setting]
     result = run_search(space.supernet(seed), whole_task(), relax=relax, budget=budget, seed=seed)
     net, half, g = result.state.net, result.state.sources['val'].split, space.to_str(result.genotype)
-    return dict(setting=setting, seed=seed, genotype=g, truth=truth[g], supernet=accuracy(net, half), discretised=accuracy(net.discretize(result.genotype), half))
+    return dict(setting=setting, seed=seed, genotype=g, truth=truth[g], supernet=accuracy(net, half),
+                discretised=accuracy(net.discretize(result.genotype), half))
 
 def fill(path, settings, one, seeds=5):
     "Add the rows that the table at `path` lacks, a search for each setting and seed, written as they come."

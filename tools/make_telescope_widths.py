@@ -1,4 +1,5 @@
-"""Fill nbs/lens/telescope_widths.csv: effective parameters of networks of several widths trained on partly flipped labels. Resumable, a row a network.
+"""Fill nbs/lens/telescope_widths.csv: effective parameters of networks of several widths trained on partly flipped labels.
+Resumable, a row a network.
 
     python tools/make_telescope_widths.py [--seeds 3]"""
 import argparse

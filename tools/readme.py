@@ -2,7 +2,8 @@
 
     python tools/readme.py [--check]
 
-Hidden cells stay out, links to notebooks lead into nbs/, stored pictures go to docs/images/, a widget becomes one line. --check only compares."""
+Hidden cells stay out, links to notebooks lead into nbs/, stored pictures go to docs/images/, a widget becomes one line.
+--check only compares."""
 import argparse, base64, json, re, sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -126,7 +126,8 @@ def relax_dtype(relax, device='cpu'):
             w = _draw(relax, alpha, t, training)
             assert w.dtype == dtype and w.device == alpha.device, f'{dtype} on {alpha.device} became {w.dtype} on {w.device}'
             assert w.isfinite().all(), f'{dtype}, t={t}: {int((~w.isfinite()).sum())} of {w.numel()} weights are not finite'
-            if _simplex(relax): _close(w.sum(-1), torch.ones_like(w.sum(-1)), 5*torch.finfo(dtype).eps, f'{dtype}, t={t}: sums of the weights against 1')
+            if _simplex(relax):
+                _close(w.sum(-1), torch.ones_like(w.sum(-1)), 5*torch.finfo(dtype).eps, f'{dtype}, t={t}: sums of the weights against 1')
 
 # %% ../../nbs/core/check.ipynb #65874d62
 @law('relax')
@@ -587,14 +588,15 @@ def space_compile(space):
     _close(values[1], values[0], 1e-5, 'the compiled supernet against itself')
     for group, a, b in zip(W, *grads): _close(b, a, 1e-4*(1 + float(a.abs().max())), f'its gradient in group {group!r}')
     plain = net.discretize(_sample(space, n=1)[0]).eval()
-    with torch.no_grad(): _close(_apply(torch.compile(plain, backend='eager', fullgraph=True), x), _apply(plain, x), 1e-5, 'compiled discretize(g)')
+    with torch.no_grad():
+        _close(_apply(torch.compile(plain, backend='eager', fullgraph=True), x), _apply(plain, x), 1e-5, 'compiled discretize(g)')
 
 # %% ../../nbs/core/check.ipynb #6943e04d
 def check_space(space, skip=()):
     """Assert that `space` keeps all laws of a search space: sampling, round trips, and agreement of supernet, `discretize` and `build`.
 
-    Builds some thirty networks on the CPU: give it a narrow instance. `skip`: names of laws to leave out, such as 'space_compile' (the slowest).
-    AssertionError naming every law that is broken. See `LAWS['space']`."""
+    Builds some thirty networks on the CPU: give it a narrow instance. `skip`: names of laws to leave out,
+    such as 'space_compile' (the slowest). AssertionError naming every law that is broken. See `LAWS['space']`."""
     _check('space', space, skip=skip)
 
 # %% ../../nbs/core/check.ipynb #88fac7d7

@@ -10,7 +10,8 @@ from torch import nn, Tensor
 
 # %% ../../nbs/core/protocol.ipynb #8b8629fd
 class Protocol:
-    "Speaks to every submodule of `network` (itself included) that has `penalty()`, `project_()` or `progress_(t)`; the list is made once, here."
+    """Speaks to every submodule of `network` (itself included) that has `penalty()`, `project_()` or `progress_(t)`;
+    the list is made once, here."""
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
         self._penalties, self._projections, self._clocks = ([m for m in modules if callable(getattr(m, name, None))]

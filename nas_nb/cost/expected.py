@@ -17,7 +17,8 @@ def _check_rows(table, space, name='table'):
     "`table` as float64 tensors [rows, n_ops], checked against the groups of `space`."
     missing, unknown = sorted(set(space.groups) - set(table)), sorted(set(table) - set(space.groups))
     if missing or unknown:
-        raise ValueError(f'{name} has no entries for {missing} and has entries for {unknown}: allowed are the groups {sorted(space.groups)}')
+        raise ValueError(f'{name} has no entries for {missing} and has entries for {unknown}: '
+                         f'allowed are the groups {sorted(space.groups)}')
     out = {}
     for group, edges in space.groups.items():
         t, shape = torch.as_tensor(table[group], dtype=torch.float64), (len(edges), len(space.candidates[group]))

@@ -110,10 +110,12 @@ def fit_affine(sums, measured, unit='ms'):
     A = np.stack([s/y, 1/y], 1)
     fit = np.linalg.pinv(A)
     slope, intercept = fit.sum(1)
-    if slope <= 0: raise ValueError(f'sums: slope {slope:.3g} over the measured times; allowed is a table under which slower networks cost more')
+    if slope <= 0:
+        raise ValueError(f'sums: slope {slope:.3g} over the measured times; allowed is a table under which slower networks cost more')
     residuals = (A @ [slope, intercept] - 1)/(1 - (A*fit.T).sum(1))
-    return dict(slope=float(slope), intercept=float(intercept), n=len(y), mean_rel_err=float(abs(residuals).mean()), max_rel_err=float(abs(residuals).max()),
-                sum_rel_err=float(abs(s/y - 1).mean()), spearman=float(spearmanr(s, y).statistic), residuals=residuals.tolist())
+    return dict(slope=float(slope), intercept=float(intercept), n=len(y), mean_rel_err=float(abs(residuals).mean()),
+                max_rel_err=float(abs(residuals).max()), sum_rel_err=float(abs(s/y - 1).mean()), spearman=float(spearmanr(s, y).statistic),
+                residuals=residuals.tolist())
 
 # %% ../../nbs/cost/lut.ipynb #13754c8e
 def _lut_modules(space, batch):
@@ -147,8 +149,8 @@ def measure_lut(space, *, networks=20, batch=1, threads=1, backend='eager', devi
     genotypes = sample_genotypes(space, networks, seed)
     modules, xs, empty = _lut_modules(space, batch)
     whole = {f'network {space.to_str(g)}': space.build(g) for g in genotypes}
-    found = measure(modules | whole, xs | dict.fromkeys(whole, x), rounds=rounds, threads=threads, backend=backend, device=device, seed=seed,
-                    progress=progress)
+    found = measure(modules | whole, xs | dict.fromkeys(whole, x), rounds=rounds, threads=threads, backend=backend,
+                    device=device, seed=seed, progress=progress)
     entries = {key: max(0., found[key].ms - found[nothing].ms) for key, nothing in empty.items()}
     env = next(iter(found.values())).env
     conditions = {k: env[k] for k in ('backend', 'threads', 'device', 'device_name', 'torch')}
@@ -181,7 +183,8 @@ def _priced(space, lookup, unit, constant, negative):
     missing = [f'{g}: {op}' for (g, op), v in found.items() if v is None]
     if missing: raise ValueError(f'the table lacks {len(missing)} operations of the space {space.name!r}: {missing}')
     below = [f'{g}: {op} ({v:g})' for (g, op), v in found.items() if v < 0]
-    if below and negative == 'refuse': raise ValueError(f"the table has {len(below)} negative entries: {below}; allow them by negative='clamp' or 'keep'")
+    if below and negative == 'refuse':
+        raise ValueError(f"the table has {len(below)} negative entries: {below}; allow them by negative='clamp' or 'keep'")
     if negative == 'clamp': found = {k: max(0., v) for k, v in found.items()}
     return DepthCost({g: [[found.get((g, op), 0.) for op in names]] for g, names in space.candidates.items()}, space, unit, constant)
 
@@ -193,7 +196,8 @@ def load_fbnet_lut(space, path=None, negative='refuse'):
     where the shape changes is the strided projection of `fbnet_space(skip='everywhere')`. ValueError for another number of layers,
     for missing entries (listed), and for negative ones unless `negative` is 'clamp' or 'keep'."""
     if not isinstance(space, ChainSpace): raise TypeError(f'space={type(space).__name__}: allowed is a ChainSpace')
-    columns = {f'k{k}_e{e}' + ('_g2' if tail == 's2' else ''): f'ir_k{k}_{tail}' for k in (3, 5) for e, tail in ((1, 'e1'), (1, 's2'), (3, 'e3'), (6, 'e6'))}
+    columns = {f'k{k}_e{e}' + ('_g2' if tail == 's2' else ''): f'ir_k{k}_{tail}' for k in (3, 5)
+               for e, tail in ((1, 'e1'), (1, 's2'), (3, 'e3'), (6, 'e6'))}
     columns |= {SKIP: 'skip', 'project': 'skip'}
     frame = _published(path, 'fbnet_cpu_lut_us.csv', ['layer', *sorted(set(columns.values()))]).set_index('layer')
     if len(space.layers) != 22: raise ValueError(f'space {space.name!r} has {len(space.layers)} layers: allowed are the 22 of the table')
@@ -213,14 +217,16 @@ def _block_key(op, shape):
                               [c for s in op.body.modules() if isinstance(s, SqueezeExcite) for c in s.modules()])
     hidden = [s.factor[1].out_channels for s in op.body.modules() if isinstance(s, SqueezeExcite)]
     act = _ACTIVATIONS.get(type(op.body[2]).__name__)
-    return (shape[1], first.in_channels, *(hidden or [0]), last.out_channels, depthwise.kernel_size[0], depthwise.stride[0], act, depthwise.in_channels)
+    return (shape[1], first.in_channels, *(hidden or [0]), last.out_channels, depthwise.kernel_size[0], depthwise.stride[0], act,
+            depthwise.in_channels)
 
 def load_tfnas_lut(space, path=None, device='cpu', negative='refuse'):
     """The cost of a chain of bottlenecks by the public table of TF-NAS, in ms, its `base` (stem and head) included: a `DepthCost`.
 
     `device`: 'cpu' (Xeon Gold 6130, batch 1, one thread) or 'gpu' (Titan RTX, batch 32: ms a batch). `path`: CSV; None:
     tfnas_latency_lut.csv.gz of the data folder. The table covers its own shapes, kernels 3 and 5, ReLU at 112 and 56 pixels and SiLU below.
-    ValueError for missing entries (listed), and negative ones unless `negative` is 'clamp' or 'keep'. Source: Hu et al., TF-NAS (ECCV 2020)."""
+    ValueError for missing entries (listed), and negative ones unless `negative` is 'clamp' or 'keep'.
+    Source: Hu et al., TF-NAS (ECCV 2020)."""
     if not isinstance(space, ChainSpace): raise TypeError(f'space={type(space).__name__}: allowed is a ChainSpace')
     if device not in ('cpu', 'gpu'): raise ValueError(f"device={device!r}: allowed are 'cpu', 'gpu'")
     numbers = [c for c in _TFNAS if c != 'act']

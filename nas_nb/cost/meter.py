@@ -23,7 +23,8 @@ class UnmeasurableError(RuntimeError):
 
 # %% ../../nbs/cost/meter.ipynb #727b1bcc
 def count_flops(network, x):
-    "Floating-point operations of one call of the module or callable `network` on `x` (evaluation mode, batch included): a Quantity in FLOPs."
+    """Floating-point operations of one call of the module or callable `network` on `x` (evaluation mode, batch included):
+    a Quantity in FLOPs."""
     with _quiet([network], torch.get_num_threads()), FlopCounterMode(display=False) as counter: network(x)
     return Quantity(counter.get_total_flops(), 'FLOPs')
 
@@ -56,15 +57,18 @@ def _status_bytes(key, folder='/proc/self'):
 def check_peak_memory(device='cpu', folder='/proc/self'):
     "UnmeasurableError where `device` has no high-water mark of memory that can be set back."
     if check_device(device).type == 'cuda': return
-    if check_device(device).type != 'cpu': raise UnmeasurableError(f'peak_memory on {device}: torch has no high-water mark there; use cpu or cuda')
+    if check_device(device).type != 'cpu':
+        raise UnmeasurableError(f'peak_memory on {device}: torch has no high-water mark there; use cpu or cuda')
     try:
         _status_bytes('VmHWM', folder)
         (Path(folder)/'clear_refs').write_text('5')
     except (OSError, StopIteration) as e:
-        raise UnmeasurableError(f'peak_memory on the CPU: needs VmHWM in {folder}/status and a writable {folder}/clear_refs (Linux); {e!r}') from None
+        raise UnmeasurableError(f'peak_memory on the CPU: needs VmHWM in {folder}/status and a writable {folder}/clear_refs (Linux); '
+                                f'{e!r}') from None
 
 def peak_memory(call, device='cpu'):
-    """The most memory that `call()` held at a time beyond what was held before it: a Quantity in MB. UnmeasurableError: see `check_peak_memory`.
+    """The most memory that `call()` held at a time beyond what was held before it: a Quantity in MB.
+    UnmeasurableError: see `check_peak_memory`.
 
     On the CPU, resident memory of the whole process, in steps of pages: other threads that allocate meanwhile are counted too."""
     check_peak_memory(device)
@@ -90,7 +94,8 @@ class RaplCounter:
     def __init__(self, folder='/sys/class/powercap'):
         names = {p.parent: self._read(p) for p in sorted(Path(folder).glob('intel-rapl:*/name'))}
         self.domains = [p for p, name in names.items() if name.startswith('package') or name == 'dram']
-        if not self.domains: raise UnmeasurableError(f'energy: no RAPL counter of a processor package under {folder} (virtual machines have none)')
+        if not self.domains:
+            raise UnmeasurableError(f'energy: no RAPL counter of a processor package under {folder} (virtual machines have none)')
         self.ranges = [int(self._read(p/'max_energy_range_uj')) for p in self.domains]
         self.mark()
     @staticmethod
@@ -118,7 +123,8 @@ class NvmlCounter:
             pynvml.nvmlInit()
             self.handle = pynvml.nvmlDeviceGetHandleByUUID(f'GPU-{torch.cuda.get_device_properties(self.device).uuid}')
             self.mark()
-        except pynvml.NVMLError as e: raise UnmeasurableError(f'energy on {device}: NVML says {str(e)!r}; a driver and a GPU with an energy '
+        except pynvml.NVMLError as e:
+            raise UnmeasurableError(f'energy on {device}: NVML says {str(e)!r}; a driver and a GPU with an energy '
                                                          f'counter are needed') from None
     def mark(self):
         "What the counter shows now, millijoules."
@@ -137,12 +143,14 @@ def energy_counter(device='cpu', powercap='/sys/class/powercap'):
 
 # %% ../../nbs/cost/meter.ipynb #16a6c22a
 def energy_per_call(call, counter, seconds=1.):
-    "Energy of one `call()` by `counter`, over calls for at least `seconds`: a Quantity in mJ. UnmeasurableError where the counter does not move."
+    """Energy of one `call()` by `counter`, over calls for at least `seconds`: a Quantity in mJ.
+    UnmeasurableError where the counter does not move."""
     call()
     mark, n, end = counter.mark(), 0, time.perf_counter() + seconds
     while n == 0 or time.perf_counter() < end: call(); n += 1
     joules = counter.joules_since(mark)
-    if joules <= 0: raise UnmeasurableError(f'energy: the counter did not move in {n} calls during {seconds} s; take longer, or it is a stub')
+    if joules <= 0:
+        raise UnmeasurableError(f'energy: the counter did not move in {n} calls during {seconds} s; take longer, or it is a stub')
     return Quantity(1e3*joules/n, 'mJ')
 
 # %% ../../nbs/cost/meter.ipynb #9eb2c1c0
@@ -170,8 +178,8 @@ def meter_networks(networks, x, quantities=('latency', 'flops', 'parameters'), *
     """The chosen `quantities` (of `METERS`) of each network for one call on `x` [batch, ...], or `x[name]`: name -> quantity -> `Quantity`.
 
     `networks`: name -> module or callable; `device`, `backend`, `threads`, `rounds`, `seed` as in `measure`; `seconds` for which energy
-    is read. `peak_memory` is that of one call in inference mode. Operations, parameters and memory for training do not depend on the backend.
-    UnmeasurableError, before anything runs, where this machine lacks what a quantity needs; ValueError/TypeError as `measure`."""
+    is read. `peak_memory` is that of one call in inference mode. Operations, parameters and memory for training do not depend on the
+    backend. UnmeasurableError, before anything runs, where this machine lacks what a quantity needs; ValueError/TypeError as `measure`."""
     device = check_measure(networks, x, rounds, None, threads, backend, device, False, .1)
     _check_meters(networks, quantities)
     missing = missing_meters(device, powercap)

@@ -33,7 +33,8 @@ def _signed_cosines(X, y):
     return Z@Z.mT
 
 def separation(X, y) -> float:
-    """The mu of the data assumption: the least cosine between y_i x_i and y_j x_j over all pairs of `X` [n, d] with labels `y` [n] in {-1, 1}.
+    """The mu of the data assumption: the least cosine between y_i x_i and y_j x_j over all pairs of `X` [n,
+    d] with labels `y` [n] in {-1, 1}.
 
     The theorem needs it positive. Memory n*n numbers. ValueError as for `check_two_classes`.
     Source: Min, Mallada, Vidal (arXiv 2307.12851), assumption 1."""
@@ -41,7 +42,8 @@ def separation(X, y) -> float:
 
 # %% ../../nbs/lens/alignment.ipynb #53e1f237
 def separated_subset(X, y, mu: float = 0.) -> Tensor:
-    """Indices [m] of examples of which every pair has a signed cosine above `mu` (default 0, below 1), found greedily: the worst goes first.
+    """Indices [m] of examples of which every pair has a signed cosine above `mu` (default 0, below 1), found greedily:
+    the worst goes first.
 
     ValueError where one class would be left empty."""
     if not -1 <= mu < 1: raise ValueError(f'mu={mu!r}: allowed is a cosine in [-1, 1)')
@@ -54,11 +56,12 @@ def separated_subset(X, y, mu: float = 0.) -> Tensor:
 
 # %% ../../nbs/lens/alignment.ipynb #e304da00
 def neuron_alignment(W: Tensor, v, X, y, bias=None) -> pd.DataFrame:
-    """What each neuron relu(w_j x + b_j) is active on: a row for each of the h rows of `W` [h, d], for data `X` [n, d], labels `y` [n] in {-1, 1}.
+    """What each neuron relu(w_j x + b_j) is active on: a row for each of the h rows of `W` [h, d], for data `X` [n, d],
+    labels `y` [n] in {-1, 1}.
 
-    `v` [h]: outgoing weights, or None. Columns: `kind` ('positive', 'negative', 'dead', 'mixed'), `aligned` (with the sign of v; None without
-    v), `active` (share of the examples), `cos_positive`, `cos_negative` (cosine of w_j with the sum of the class; NaN for w_j = 0).
-    ValueError for shapes that do not fit. Source: arXiv 2307.12851, section 3 (the cones S+, S-, S_dead)."""
+    `v` [h]: outgoing weights, or None. Columns: `kind` ('positive', 'negative', 'dead', 'mixed'), `aligned` (with the sign of v; None
+    without v), `active` (share of the examples), `cos_positive`, `cos_negative` (cosine of w_j with the sum of the class; NaN for w_j =
+    0). ValueError for shapes that do not fit. Source: arXiv 2307.12851, section 3 (the cones S+, S-, S_dead)."""
     X, y = check_two_classes(X, y)
     W = torch.as_tensor(W).detach().to(X)
     if W.dim() != 2 or W.shape[1] != X.shape[1]: raise ValueError(f'W={tuple(W.shape)}: allowed is [neurons, {X.shape[1]}], as wide as X')
@@ -75,7 +78,8 @@ def neuron_alignment(W: Tensor, v, X, y, bias=None) -> pd.DataFrame:
 def _aligned(fits, v): return torch.where(v > 0, fits['positive'], fits['negative']) | fits['dead']
 
 def stable_rank(W: Tensor) -> float:
-    "Squared Frobenius norm over squared spectral norm of `W` [m, n], from 1 to the rank; NaN for a zero matrix. ValueError for another shape."
+    """Squared Frobenius norm over squared spectral norm of `W` [m, n], from 1 to the rank; NaN for a zero matrix.
+    ValueError for another shape."""
     if W.dim() != 2 or not W.numel(): raise ValueError(f'W={tuple(W.shape)}: allowed is a matrix [m, n]')
     s = torch.linalg.svdvals(W.detach().double())
     return float(s.square().sum()/s[0].square())
@@ -99,26 +103,27 @@ class TwoLayerFlow:
 
 # %% ../../nbs/lens/alignment.ipynb #b6bdceb9
 def initial_weights(d: int, width: int, eps: float, init='balanced', seed: int = 0):
-    """`W` [width, d] = eps/sqrt(d) times standard normal numbers, `v` [width] in float64: 'balanced' |v_j| = |w_j|, 'unbalanced' |v_j| = 2 |w_j|,
-    each with a random sign, or 'plain' (eps times normal numbers). ValueError for other values."""
+    """`W` [width, d] = eps/sqrt(d) times standard normal numbers, `v` [width] in float64: 'balanced' |v_j| = |w_j|,
+    'unbalanced' |v_j| = 2 |w_j|, each with a random sign, or 'plain' (eps times normal numbers). ValueError for other values."""
     check_whole('width', width, 1), check_whole('d', d, 1)
     if not 0 < eps < float('inf'): raise ValueError(f'eps={eps!r}: allowed is a finite number above 0')
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(width, d, generator=g, dtype=torch.float64)*(eps/d**.5)
     sign = torch.where(torch.rand(width, generator=g) < .5, -1., 1.).double()
-    starts = dict(balanced=sign*W.norm(dim=1), unbalanced=2*sign*W.norm(dim=1), plain=eps*torch.randn(width, generator=g, dtype=torch.float64))
+    starts = dict(balanced=sign*W.norm(dim=1), unbalanced=2*sign*W.norm(dim=1),
+                  plain=eps*torch.randn(width, generator=g, dtype=torch.float64))
     if init not in starts: raise ValueError(f'init={init!r}: allowed are {", ".join(starts)}')
     return W, starts[init]
 
 # %% ../../nbs/lens/alignment.ipynb #7fa9f6da
 def two_layer_flow(X, y, width: int = 50, eps: float = 1e-4, loss='exponential', lr: float = .02, steps: int = 5000, every: int = 50,
                    init='balanced', tol: float = .01, seed: int = 0) -> TwoLayerFlow:
-    """Gradient flow of sum_j v_j relu(w_j x) on the mean loss of `X` [n, d], `y` [n] in {-1, 1}, by `steps` of size `lr`, noted `every` so many.
+    """Gradient flow of sum_j v_j relu(w_j x) on the mean loss of `X` [n, d], `y` [n] in {-1, 1}, by `steps` of size `lr`,
+    noted `every` so many.
 
-    `loss`: 'exponential' exp(-m) or 'logistic' 2 log(1 + exp(-m)) of the margin m = y f(x). `eps`: size of the initial weights, `init` as in
-    `initial_weights`. ValueError for other values; RuntimeError as soon as some v_j^2 - |w_j|^2 has drifted by more than `tol` of
-    v_j^2 + |w_j|^2: the step is too large.
-    Source: Min, Mallada, Vidal (arXiv 2307.12851), equations 2 to 4."""
+    `loss`: 'exponential' exp(-m) or 'logistic' 2 log(1 + exp(-m)) of the margin m = y f(x). `eps`: size of the initial weights, `init`
+    as in `initial_weights`. ValueError for other values; RuntimeError as soon as some v_j^2 - |w_j|^2 has drifted by more than `tol` of
+    v_j^2 + |w_j|^2: the step is too large. Source: Min, Mallada, Vidal (arXiv 2307.12851), equations 2 to 4."""
     X, y = check_two_classes(X, y)
     X, y = X.double(), y.double()
     if loss not in _LOSSES: raise ValueError(f'loss={loss!r}: allowed are {", ".join(_LOSSES)}')
@@ -154,17 +159,19 @@ def _cosines(W, X, y):
 
 # %% ../../nbs/lens/alignment.ipynb #cf608f5c
 class AlignmentTrace:
-    """A recorder for the first `layer` (an `nn.Linear`) of any network, on `X` [n, d] with labels `y` [n] in {-1, 1}: call it during training.
+    """A recorder for the first `layer` (an `nn.Linear`) of any network, on `X` [n, d] with labels `y` [n] in {-1, 1}:
+    call it during training.
 
-    `__call__(step)` adds a row to `rows`: step, the share of neurons of every kind, stable rank. `table()`: all rows. TypeError for another layer,
-    ValueError where X does not fit it. `outgoing`: a function giving v [h], if the shares of aligned neurons are wanted too."""
+    `__call__(step)` adds a row to `rows`: step, the share of neurons of every kind, stable rank. `table()`: all rows. TypeError for another
+    layer, ValueError where X does not fit it. `outgoing`: a function giving v [h], if the shares of aligned neurons are wanted too."""
     kinds = 'positive', 'negative', 'dead', 'mixed'
 
     def __init__(self, layer: nn.Linear, X, y, outgoing=None):
         if not isinstance(layer, nn.Linear): raise TypeError(f'layer={type(layer).__name__}: allowed is an nn.Linear that reads the input')
         self.layer, self.outgoing, self.rows = layer, outgoing, []
         self.X, self.y = check_two_classes(X, y)
-        if self.X.shape[1] != layer.in_features: raise ValueError(f'X={tuple(self.X.shape)}: allowed is [n, {layer.in_features}] for this layer')
+        if self.X.shape[1] != layer.in_features:
+            raise ValueError(f'X={tuple(self.X.shape)}: allowed is [n, {layer.in_features}] for this layer')
 
     def __call__(self, step):
         table = neuron_alignment(self.layer.weight, self.outgoing and self.outgoing(), self.X, self.y, self.layer.bias)

@@ -48,7 +48,8 @@ class DilConv(nn.Module):
 class MaxPool(nn.Module):
     """Largest of 3x3 neighbours: x [B, C_in, H, W] -> [B, C_out, ceil(H/stride), ceil(W/stride)].
 
-    Before it stands a 1x1 `ReLUConvBN` where C_in differs from C_out. ValueError for sizes below 1. Source: 'max_pool_3x3' of DARTS (ICLR 2019)."""
+    Before it stands a 1x1 `ReLUConvBN` where C_in differs from C_out. ValueError for sizes below 1.
+    Source: 'max_pool_3x3' of DARTS (ICLR 2019)."""
     def __init__(self, C_in, C_out, stride=1, affine=True):
         super().__init__()
         check_sizes(C_in, C_out, stride)
@@ -101,6 +102,7 @@ def _pool(bare, normalised, name):
     make.__name__ = make.__qualname__ = name
     return make
 
-DARTS_OPS = {'none': Zero, 'max_pool_3x3': _pool(MaxPool, MaxPoolBN, 'max_pool_3x3'), 'avg_pool_3x3': _pool(AvgPool, PoolBN, 'avg_pool_3x3'),
-             'skip_connect': Skip, 'sep_conv_3x3': _kernel(SepConv, 3, 'sep_conv'), 'sep_conv_5x5': _kernel(SepConv, 5, 'sep_conv'),
-             'dil_conv_3x3': _kernel(DilConv, 3, 'dil_conv'), 'dil_conv_5x5': _kernel(DilConv, 5, 'dil_conv')}
+DARTS_OPS = {'none': Zero, 'max_pool_3x3': _pool(MaxPool, MaxPoolBN, 'max_pool_3x3'),
+             'avg_pool_3x3': _pool(AvgPool, PoolBN, 'avg_pool_3x3'), 'skip_connect': Skip, 'sep_conv_3x3': _kernel(SepConv, 3, 'sep_conv'),
+             'sep_conv_5x5': _kernel(SepConv, 5, 'sep_conv'), 'dil_conv_3x3': _kernel(DilConv, 3, 'dil_conv'),
+             'dil_conv_5x5': _kernel(DilConv, 5, 'dil_conv')}

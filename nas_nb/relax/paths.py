@@ -120,7 +120,8 @@ def path_sum(ops, x, w, paths=None):
 
     `ops`: modules (a sequence or a ModuleDict). `w`: [n], or [B, n] for weights of each sample's own, from a `BinaryGate`.
     `paths`: a `Paths`, by default read from the mark of `w`. What is in `paths.others` has weight 0: it adds nothing to y, and its
-    parameters get no gradient. An operation with `is_zero` is not called. ValueError where `w` has another length, or no mark and no `paths`."""
+    parameters get no gradient. An operation with `is_zero` is not called.
+    ValueError where `w` has another length, or no mark and no `paths`."""
     ops = tuple(ops.values() if isinstance(ops, torch.nn.ModuleDict) else ops)
     if w.shape[-1] != len(ops): raise ValueError(f'w must hold {len(ops)} weights, one for each operation, got shape {tuple(w.shape)}')
     if paths is None: paths = _own_paths(w)

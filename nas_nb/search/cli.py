@@ -15,7 +15,9 @@ def parse_lambdas(text):
     values = []
     for part in str(text).split(','):
         try: values.append(float(part))
-        except ValueError: raise ValueError(f'lambdas={text!r}: {part!r} is not a number; allowed are numbers separated by commas, e.g. 0,0.5,1,2') from None
+        except ValueError:
+            raise ValueError(f'lambdas={text!r}: {part!r} is not a number; allowed are numbers separated by commas, '
+                             'e.g. 0,0.5,1,2') from None
     return tuple(values)
 
 # %% ../../nbs/search/cli.ipynb #80f8df8c
@@ -64,8 +66,8 @@ def nas_search(
     list: store_true = False):      # Print the search methods and end
     "Search for a network that is accurate and fast on this machine: measure, predict, search, retrain, compare. Returns the exit status."
     if list: return _list()
-    fields = dict(data=data, space=space, method=method, device=device, budget=budget, samples=samples, epochs=epochs, retrain_epochs=retrain_epochs,
-                  channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, seed=seed)
+    fields = dict(data=data, space=space, method=method, device=device, budget=budget, samples=samples, epochs=epochs,
+                  retrain_epochs=retrain_epochs, channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, seed=seed)
     try: return _run({**fields, 'lambdas': parse_lambdas(lambdas)}, out, resume, overwrite)
     except (ValueError, TypeError, OSError, ImportError) as e:
         print(f'nas_search: {" ".join(str(e).split())}', file=sys.stderr)
@@ -76,7 +78,8 @@ def parse_arguments(argv):
     "Keyword arguments of `nas_search` from a command line; `--retrain-epochs` and `--retrain_epochs` are the same."
     parser = anno_parser(nas_search, prog='nas_search')
     options = {a.replace('_', '-'): a for action in parser._actions for a in action.option_strings}
-    spelled = [options.get(name.replace('_', '-'), name) + eq + value for name, eq, value in (a.partition('=') if a.startswith('--') else (a, '', '') for a in argv)]
+    spelled = [options.get(name.replace('_', '-'), name) + eq + value
+               for name, eq, value in (a.partition('=') if a.startswith('--') else (a, '', '') for a in argv)]
     return {k: v for k, v in vars(parser.parse_args(spelled)).items() if k not in ('pdb', 'xtra')}
 
 def main():

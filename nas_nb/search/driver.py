@@ -27,14 +27,16 @@ _all_ = ['Batch', 'Budget', 'Constraint', 'Plugin', 'SearchRecipe', 'Soft']
 
 # %% ../../nbs/search/driver.ipynb #3bb48c0c
 class SearchState:
-    """All of a running search: `net`, `task`, the pieces, `w`/`a` (weight and architecture parameters), `w_opt`/`a_opt`, `epoch`, `step`, `progress` (0 to 1),
-    `values` (schedules now), `W` (last sampled choice weights), `record` (this epoch's row), `history`, `pareto`, `stopped` (why, or None),
-    `selection` (what a selector has decided so far, a tree), `decide` (a function of the sampled choice weights that has the last word)."""
+    """All of a running search: `net`, `task`, the pieces, `w`/`a` (weight and architecture parameters), `w_opt`/`a_opt`,
+    `epoch`, `step`, `progress` (0 to 1), `values` (schedules now), `W` (last sampled choice weights), `record` (this epoch's
+    row), `history`, `pareto`, `stopped` (why, or None), `selection` (what a selector has decided so far, a tree), `decide` (a
+    function of the sampled choice weights that has the last word)."""
     def __init__(self, net, task, relax, level, hyper, objective, constraint, schedules, select, plugins, budget, seed, recipe):
         self.net, self.relax, self.level, self.hyper, self.select = net, relax, level, hyper, select
         self.budget, self.seed, self.recipe, self.constraint = budget, seed, recipe, Constraint() if constraint is None else constraint
         self.parts = (objective, self.constraint, *plugins)
-        self.schedules = dict(temperature=Constant(1.), w_lr=Cosine(recipe.w_lr, recipe.w_lr_end), a_lr=Constant(recipe.a_lr)) | copy.deepcopy(dict(schedules))
+        self.schedules = dict(temperature=Constant(1.), w_lr=Cosine(recipe.w_lr, recipe.w_lr_end),
+                              a_lr=Constant(recipe.a_lr)) | copy.deepcopy(dict(schedules))
         self.check(task)
         self.device = next(net.parameters()).device
         self.task = task.to(self.device)
@@ -56,15 +58,19 @@ def check(s: SearchState, task: Task):
     "Everything wrong with the arguments of a search, said before any work."
     allowed = ('temperature', 'lam', 'w_lr', 'a_lr')
     if s.level not in ('bi', 'one'): raise ValueError(f"level={s.level!r}: allowed are 'bi' and 'one'")
-    if s.level == 'one' and type(s.hyper) is not FirstOrder: raise ValueError(f"hyper={type(s.hyper).__name__} with level='one': there is one loss; allowed is FirstOrder")
+    if s.level == 'one' and type(s.hyper) is not FirstOrder:
+        raise ValueError(f"hyper={type(s.hyper).__name__} with level='one': there is one loss; allowed is FirstOrder")
     for name, schedule in s.schedules.items():
-        if name not in allowed or not isinstance(schedule, Schedule): raise ValueError(f'schedules[{name!r}]={schedule!r}: allowed are Schedules named {", ".join(allowed)}')
-    for name, value, kind in [('relax', s.relax, Relax), ('hyper', s.hyper, HyperGrad), ('constraint', s.constraint, Constraint), ('budget', s.budget, Budget),
-                              ('recipe', s.recipe, SearchRecipe), *[('objective or plugin', p, Plugin) for p in s.parts]]:
+        if name not in allowed or not isinstance(schedule, Schedule):
+            raise ValueError(f'schedules[{name!r}]={schedule!r}: allowed are Schedules named {", ".join(allowed)}')
+    for name, value, kind in [('relax', s.relax, Relax), ('hyper', s.hyper, HyperGrad), ('constraint', s.constraint, Constraint),
+                              ('budget', s.budget, Budget), ('recipe', s.recipe, SearchRecipe),
+                              *[('objective or plugin', p, Plugin) for p in s.parts]]:
         if not isinstance(value, kind): raise TypeError(f'{name}={value!r}: allowed is a {kind.__name__} (an instance, not a class)')
     space = s.net.space
     if (task.shape, task.n_classes) != (tuple(space.in_shape), space.n_classes):
-        raise ValueError(f'task has images {task.shape} of {task.n_classes} classes, the space {space.name!r} is for {tuple(space.in_shape)} and {space.n_classes}')
+        raise ValueError(f'task has images {task.shape} of {task.n_classes} classes, the space {space.name!r} is for '
+                         f'{tuple(space.in_shape)} and {space.n_classes}')
     if hasattr(s.select, 'check'): s.select.check(s)
 
 @patch
@@ -82,9 +88,11 @@ def batch(s: SearchState, half: str):
 
 @patch
 def sample(s: SearchState) -> dict:
-    "Choice weights W for the present architecture, with this step's noise; differentiable in the architecture unless called without gradients."
+    """Choice weights W for the present architecture, with this step's noise;
+    differentiable in the architecture unless called without gradients."""
     s.noise.manual_seed(s.noise_seed)
-    s.W = s.decide(s.net.arch.weights(s.relax, s.values['temperature'], generator=s.noise, samples=s.budget.batch_size if s.recipe.per_sample else None))
+    s.W = s.decide(s.net.arch.weights(s.relax, s.values['temperature'], generator=s.noise,
+                                      samples=s.budget.batch_size if s.recipe.per_sample else None))
     return s.W
 
 @patch
@@ -93,7 +101,8 @@ def loss(s: SearchState, half: str, W: dict, hooks=None) -> Tensor:
     x, y = s.batch(half)
     logits = s.net(x, W)
     total = nn.functional.cross_entropy(logits, y)
-    s.seen.setdefault(half, torch.stack([total.detach(), (logits.detach().argmax(1) == y).float().mean()]))   # the first pass of a step counts
+    # the first pass of a step counts
+    s.seen.setdefault(half, torch.stack([total.detach(), (logits.detach().argmax(1) == y).float().mean()]))
     hooks = hooks or dict(train=('w_loss',), val=('a_loss',))[half]
     if 'w_loss' in hooks: total = s.protocol.penalty(total)
     if s.recipe.per_sample: W = {k: w.mean(0) for k, w in W.items()}
@@ -176,8 +185,10 @@ def begin_step(s: SearchState, **values):
 @patch
 def check_finite(s: SearchState, trace):
     for i, half, value in ((i, half, value) for i, seen in enumerate(trace) for half, value in seen.items()):
-        if not value.isfinite().all(): raise SearchDiverged(f'the {half} loss is {value[0].item()} in epoch {s.epoch + 1}, step {i + 1} of {len(s.sources["train"])}')
-    if not all(a.isfinite().all() for a in s.a): raise SearchDiverged(f'the architecture is not finite in epoch {s.epoch + 1}, step {len(trace)}')
+        if not value.isfinite().all():
+            raise SearchDiverged(f'the {half} loss is {value[0].item()} in epoch {s.epoch + 1}, step {i + 1} of {len(s.sources["train"])}')
+    if not all(a.isfinite().all() for a in s.a):
+        raise SearchDiverged(f'the architecture is not finite in epoch {s.epoch + 1}, step {len(trace)}')
 
 # %% ../../nbs/search/driver.ipynb #670fe813
 @patch
@@ -203,7 +214,8 @@ def run_epoch(s: SearchState, tick=lambda: None):
 
 @patch
 def summary(s: SearchState, trace) -> dict:
-    "Means over an epoch's steps, the schedules' values, choice weights without noise, their entropy, and the expected cost of the first part that has one."
+    """Means over an epoch's steps, the schedules' values, choice weights without noise, their entropy,
+    and the expected cost of the first part that has one."""
     row = {}
     for half in s.sources:
         seen = [step[half] for step in trace if half in step]
@@ -249,7 +261,8 @@ def settings(s: SearchState) -> dict:
 
 @patch
 def checkpoint(s: SearchState):
-    "Write the present snapshot to the run's checkpoints, where it has any; the driver does so after each epoch, a selector after each decision."
+    """Write the present snapshot to the run's checkpoints, where it has any;
+    the driver does so after each epoch, a selector after each decision."""
     c = s.checkpoints
     if c: c.save(c.steps[-1] + 1 if c.steps else 1, dict(settings=s.settings(), state=s.snapshot()))
 
@@ -266,22 +279,26 @@ def resume(s: SearchState):
 # %% ../../nbs/search/driver.ipynb #fb7b6675
 @dataclass
 class SearchResult:
-    "`genotype` selected; `history`: a dict an epoch; `pareto`: (cost, genotype) pairs that plug-ins recorded; `stopped`: why before the budget's end, or None; `state`."
+    """`genotype` selected; `history`: a dict an epoch; `pareto`: (cost, genotype) pairs that plug-ins recorded;
+    `stopped`: why before the budget's end, or None; `state`."""
     genotype: object
     history: list
     pareto: list
     stopped: str | None
     state: SearchState = field(repr=False)
 
-def run_search(net, task, *, relax=Softmax(), level='bi', hyper=FirstOrder(), objective=None, constraint=None, schedules=(), select=Magnitude(),
-               plugins=(), budget=Budget(), seed=0, ckpt=None, resume=False, recipe=SearchRecipe(), progress=None) -> SearchResult:
+def run_search(net, task, *, relax=Softmax(), level='bi', hyper=FirstOrder(), objective=None, constraint=None,
+               schedules=(), select=Magnitude(), plugins=(), budget=Budget(), seed=0, ckpt=None, resume=False, recipe=SearchRecipe(),
+               progress=None) -> SearchResult:
     """Search with the supernet `net` (on its device, changed in place) over the training part of `task`.
 
-    `ckpt`: folder or `Checkpoints`, written after each epoch; `resume` continues there, on CPU bit for bit. A used `ckpt` without `resume` is a ValueError.
-    `progress`: a bar (None: where somebody watches). Raises `SearchDiverged` for losses that are not finite."""
-    s = SearchState(net, task, relax, level, hyper, Soft() if objective is None else objective, constraint, schedules, select, plugins, budget, seed, recipe)
+    `ckpt`: folder or `Checkpoints`, written after each epoch; `resume` continues there, on CPU bit for bit. A used `ckpt` without
+    `resume` is a ValueError. `progress`: a bar (None: where somebody watches). Raises `SearchDiverged` for losses that are not finite."""
+    s = SearchState(net, task, relax, level, hyper, Soft() if objective is None else objective, constraint, schedules, select, plugins,
+                    budget, seed, recipe)
     s.checkpoints = ckpt if ckpt is None or isinstance(ckpt, Checkpoints) else Checkpoints(ckpt, 'search')
-    if s.checkpoints and s.checkpoints.steps and not resume: raise ValueError(f'ckpt={str(s.checkpoints.folder)!r} holds a search: allowed are resume=True or another folder')
+    if s.checkpoints and s.checkpoints.steps and not resume:
+        raise ValueError(f'ckpt={str(s.checkpoints.folder)!r} holds a search: allowed are resume=True or another folder')
     with seeded(seed), bar(total=budget.epochs * len(s.sources['train']), desc='search', show=progress) as progress_bar:
         s.hyper.start(s)
         s.call('start')
@@ -289,7 +306,8 @@ def run_search(net, task, *, relax=Softmax(), level='bi', hyper=FirstOrder(), ob
         progress_bar.update(s.step)
         while s.epoch < budget.epochs and not s.stopped and not s.selection:
             s.run_epoch(progress_bar.update)
-            progress_bar.set_postfix({k: f'{v:.3g}' for k, v in s.history[-1].items() if k in ('train_loss', 'val_acc', 'train_acc', 'cost')})
+            progress_bar.set_postfix({k: f'{v:.3g}'
+                                      for k, v in s.record.items() if k in ('train_loss', 'val_acc', 'train_acc', 'cost')})
             s.checkpoint()
         if not s.selection: s.call('finish')                   # else it was called before the selection that is resumed
         return SearchResult(select(s), s.history, s.pareto, s.stopped, s)

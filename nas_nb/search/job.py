@@ -33,11 +33,11 @@ MIN_SAMPLES = 20   # of fit_predictor
 class JobConfig:
     """What the main job is asked to do; all that decides its result. Raises ValueError naming the field, its value and what is allowed.
 
-    `data`: name or path for `load_task`. `space`: a key of `SPACES`. `method`: a key of `METHODS`. `device`: 'cpu', 'cuda', ... `budget`: time with a unit ('0.8ms') or None.
-    `lambdas`: trade-offs in 1/ms, used where there is no budget. `samples`: networks to measure, at least 20. `epochs`, `retrain_epochs`: of each search
-    and of each training from scratch. `channels`, `stages`, `cells`: width of the first stage, resolutions, cells a stage. `batch`: images a timed
-    call. `threads`: of torch while measuring and training. `randoms`: random networks of the winner's latency; `background`: further ones for the
-    picture. `seed`: of everything random."""
+    `data`: name or path for `load_task`. `space`: a key of `SPACES`. `method`: a key of `METHODS`. `device`: 'cpu', 'cuda', ... `budget`:
+    time with a unit ('0.8ms') or None. `lambdas`: trade-offs in 1/ms, used where there is no budget. `samples`: networks to measure, at
+    least 20. `epochs`, `retrain_epochs`: of each search and of each training from scratch. `channels`, `stages`, `cells`: width of the
+    first stage, resolutions, cells a stage. `batch`: images a timed call. `threads`: of torch while measuring and training. `randoms`:
+    random networks of the winner's latency; `background`: further ones for the picture. `seed`: of everything random."""
     data: str = 'digits'
     space: str = 'pooled'
     method: str = 'gumbel'
@@ -99,7 +99,8 @@ def asks(c):
 
 # %% ../../nbs/search/job.ipynb #28de660e
 class Job:
-    """The main job in the folder `out`. `resume` continues one that was interrupted (or starts it); `overwrite` starts anew in a used folder.
+    """The main job in the folder `out`. `resume` continues one that was interrupted (or starts it);
+    `overwrite` starts anew in a used folder.
 
     `task`, `space`: objects in place of those that `config` names. Raises ValueError for bad data, device or configuration and for a folder
     that cannot be used, before any work. Use it as a context manager: `with Job(config, out) as job: report = job.run()`."""
@@ -135,7 +136,8 @@ def measurements(self: Job):
     "The table of measured random networks (a DataFrame); missing rows are measured."
     c = self.config
     def table():
-        return sample_and_measure(self.space, c.samples, path=self.folder.file('measurements.csv'), batch=c.batch, threads=c.threads, device=c.device, seed=c.seed)
+        return sample_and_measure(self.space, c.samples, path=self.folder.file('measurements.csv'), batch=c.batch, threads=c.threads,
+                                  device=c.device, seed=c.seed)
     self.stage('measure', lambda: len(table()))
     return table()
 
@@ -145,7 +147,8 @@ def predictor(self: Job):
     c, file = self.config, self.folder.file('predictor.safetensors')
     def work():
         table = self.measurements()
-        fit = fit_predictor(self.space, [self.space.from_str(s) for s in table.genotype], table.latency_ms, seed=c.seed, conditions=table.attrs['conditions'])
+        fit = fit_predictor(self.space, [self.space.from_str(s) for s in table.genotype], table.latency_ms, seed=c.seed,
+                            conditions=table.attrs['conditions'])
         fit.save(file)
         return fit.summary()
     self.stage('predict', work)
@@ -174,9 +177,11 @@ def search(self: Job, ask, cost):
         net = self.space.supernet(seed=c.seed).to(self.device)
         if can_accelerate(net): accelerate(net)
         what = dict(lam=ask.lam) if ask.budget_ms is None else dict(limit=f'{ask.budget_ms}ms')
-        result = run_search(net, self.task, **with_cost(c.method, self.settings(), cost, **what), seed=c.seed, ckpt=self.folder.checkpoints(ask.file), resume=True)
+        result = run_search(net, self.task, **with_cost(c.method, self.settings(), cost, **what), seed=c.seed,
+                            ckpt=self.folder.checkpoints(ask.file), resume=True)
         history = [{**row, 'weights': {k: w.tolist() for k, w in row['weights'].items()}} for row in result.history]
-        return {'name': ask.name, 'lambda': ask.lam, 'budget_ms': ask.budget_ms, 'genotype': self.space.to_str(result.genotype), 'predicted_ms': cost.of(result.genotype), 'history': history}
+        return {'name': ask.name, 'lambda': ask.lam, 'budget_ms': ask.budget_ms, 'genotype': self.space.to_str(result.genotype),
+                'predicted_ms': cost.of(result.genotype), 'history': history}
     return self.stage(ask.file, work)
 
 # %% ../../nbs/search/job.ipynb #97d38f06
@@ -185,8 +190,8 @@ def trained(self: Job, g):
     "The network of genotype `g`, trained from scratch (at once where that was done before)."
     c = self.config
     key = f'retrain-{"".join(str(i) for rows in self.space.indices(g).values() for i in rows)}'
-    result = train_from_scratch(self.space.build(g, seed=c.seed), self.task, Recipe(epochs=c.retrain_epochs), seed=c.seed, device=self.device,
-                                ckpt=self.folder.checkpoints(key), resume=True, progress=False)
+    result = train_from_scratch(self.space.build(g, seed=c.seed), self.task, Recipe(epochs=c.retrain_epochs),
+                                seed=c.seed, device=self.device, ckpt=self.folder.checkpoints(key), resume=True, progress=False)
     return result
 
 @patch
@@ -202,7 +207,8 @@ def train_all(self: Job, stage, genotypes):
 def pick(networks, n_val, budget_ms=None):
     """Name of the winner among `networks`, dictionaries with `name`, `val_acc` and `predicted_ms`. `n_val`: validation images.
 
-    With `budget_ms` the most accurate within it (the faster of equals), or the fastest of all where none is; else by the one-standard-error rule."""
+    With `budget_ms` the most accurate within it (the faster of equals), or the fastest of all where none is;
+    else by the one-standard-error rule."""
     if budget_ms is not None:
         within = [n for n in networks if n['predicted_ms'] <= budget_ms]
         if within: return max(within, key=lambda n: (n['val_acc'], -n['predicted_ms']))['name']
@@ -213,8 +219,8 @@ def pick(networks, n_val, budget_ms=None):
 
 # %% ../../nbs/search/job.ipynb #244ee6b7
 def peers(table, ms, n, background, exclude=()):
-    """Genotypes out of the measured `table` (genotype, latency_ms, predicted_ms): the `n` nearest to the latency `ms`, and `background` others
-    at even quantiles of latency. `exclude`: genotypes that are left out."""
+    """Genotypes out of the measured `table` (genotype, latency_ms, predicted_ms): the `n` nearest to the latency `ms`,
+    and `background` others at even quantiles of latency. `exclude`: genotypes that are left out."""
     table = table[~table.genotype.isin(set(exclude))]
     off = np.maximum(abs(table.latency_ms/ms - 1), abs(table.predicted_ms/ms - 1))
     near = table.genotype[off.sort_values(kind='stable').index[:n]].tolist()
@@ -253,11 +259,13 @@ def _run(self: Job):
     networks = [{**s, 'val_acc': val_acc[s['genotype']]} for s in searches]
     winner = pick(networks, len(self.task.val), budget_ms)
     table['predicted_ms'] = [cost.of(self.space.from_str(s)) for s in table.genotype]
-    near, spread = peers(table, next(n['predicted_ms'] for n in networks if n['name'] == winner), c.randoms, c.background, [n['genotype'] for n in networks])
+    near, spread = peers(table, next(n['predicted_ms'] for n in networks if n['name'] == winner), c.randoms, c.background,
+                         [n['genotype'] for n in networks])
     random_acc = self.train_all('randoms', near + spread)
     roles = {f'random {i}': (s, 'equal latency' if s in near else 'background') for i, s in enumerate(near + spread)}
     compared = self.compare({n['name']: n['genotype'] for n in networks}, {name: s for name, (s, _) in roles.items()})
-    randoms = [{'name': name, 'genotype': s, 'role': role, 'val_acc': random_acc[s], 'predicted_ms': cost.of(self.space.from_str(s))} for name, (s, role) in roles.items()]
+    randoms = [{'name': name, 'genotype': s, 'role': role, 'val_acc': random_acc[s], 'predicted_ms': cost.of(self.space.from_str(s))}
+               for name, (s, role) in roles.items()]
     return self.write_report(networks, randoms, compared, winner, budget_ms)
 
 # %% ../../nbs/search/job.ipynb #77da01e4
@@ -265,10 +273,12 @@ def _run(self: Job):
 def write_report(self: Job, networks, randoms, compared, winner, budget_ms):
     "Write `report.json`, `report.html` and `winner/`; returns the report."
     fit, facts = self.predictor(), compared['facts']
-    def row(n): return {**{k: v for k, v in n.items() if k != 'history'}, 'cells': self.space.from_str(n['genotype']).to_json(), **facts[n['name']]}
-    report = {'predictor': fit.summary(), 'networks': [row(n) for n in networks], 'random': [row(n) for n in randoms], 'winner': winner, 'budget_ms': budget_ms,
-              'seconds': {**self.seconds, 'total': round(sum(self.seconds.values()), 3)}, 'env': environment(self.device),
-              'task': {'name': self.task.name, 'train': len(self.task.train), 'val': len(self.task.val), 'test': len(self.task.test), 'test_opened': compared['test_opened']},
+    def row(n):
+        return {**{k: v for k, v in n.items() if k != 'history'}, 'cells': self.space.from_str(n['genotype']).to_json(), **facts[n['name']]}
+    report = {'predictor': fit.summary(), 'networks': [row(n) for n in networks], 'random': [row(n) for n in randoms], 'winner': winner,
+              'budget_ms': budget_ms, 'seconds': {**self.seconds, 'total': round(sum(self.seconds.values()), 3)},
+              'env': environment(self.device), 'task': {'name': self.task.name, 'train': len(self.task.train), 'val': len(self.task.val),
+                                                        'test': len(self.task.test), 'test_opened': compared['test_opened']},
               'config': {**asdict(self.config), 'space_config': self.space.config()}}
     report['onnx'] = self.write_winner(next(n for n in report['networks'] if n['name'] == winner))
     ops, edges = self.space.op_names, next(iter(self.space.groups.values()))
@@ -282,6 +292,7 @@ def write_report(self: Job, networks, randoms, compared, winner, budget_ms):
 def write_winner(self: Job, facts):
     "Write the winner's network to `winner/`; returns what became of the ONNX export, in words."
     network, folder = self.trained(self.space.from_str(facts['genotype'])).network.cpu().eval(), self.folder.file('winner')
-    save_network(network, folder, self.space, Genotype.from_json(facts['cells']), **{k: facts[k] for k in ('val_acc', 'test_acc', 'latency_ms')}, classes=list(self.task.classes))
+    save_network(network, folder, self.space, Genotype.from_json(facts['cells']),
+                 **{k: facts[k] for k in ('val_acc', 'test_acc', 'latency_ms')}, classes=list(self.task.classes))
     try: return f'winner.onnx, largest difference {export_onnx(network, self.space.example(2), folder/"winner.onnx"):.1e}'
     except ImportError as e: return str(e)

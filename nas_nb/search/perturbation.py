@@ -59,8 +59,10 @@ def _check_edge(s, edge) -> tuple:
     try: group, row = edge
     except (TypeError, ValueError): group = row = None
     if group not in groups or not isinstance(row, int) or not 0 <= row < len(groups[group]):
-        raise ValueError(f'edge={edge!r}: allowed are (group, row) with rows below {", ".join(f"{len(e)} for {g!r}" for g, e in groups.items())}')
-    if 'val' not in s.sources: raise ValueError(f"level={s.level!r}: it leaves no images that did not train the weights; allowed is level='bi'")
+        raise ValueError(f'edge={edge!r}: allowed are (group, row) '
+                         f'with rows below {", ".join(f"{len(e)} for {g!r}" for g, e in groups.items())}')
+    if 'val' not in s.sources:
+        raise ValueError(f"level={s.level!r}: it leaves no images that did not train the weights; allowed is level='bi'")
     return group, row
 
 def _without(s, W, group, row, op=None) -> tuple:
@@ -73,9 +75,9 @@ def _without(s, W, group, row, op=None) -> tuple:
 def op_influence(state: SearchState, edge: tuple, criterion: str = 'acc') -> Tensor:
     """How much the supernet of `state` loses when each operation of `edge` (group, row) is taken away, the rest as it is: float64 [n_ops].
 
-    `criterion`: 'acc', the fall in accuracy on the architecture's half, or 'loss', the rise of the loss. n_ops + 1 evaluations; nothing is changed.
-    0 for an operation that is not there, and for 'none'. ValueError for another edge or criterion, or with level='one'.
-    Source: Wang et al., DARTS-PT (arXiv 2108.04392), section 4.1."""
+    `criterion`: 'acc', the fall in accuracy on the architecture's half, or 'loss', the rise of the loss. n_ops + 1
+    evaluations; nothing is changed. 0 for an operation that is not there, and for 'none'. ValueError for another edge or
+    criterion, or with level='one'. Source: Wang et al., DARTS-PT (arXiv 2108.04392), section 4.1."""
     group, row = _check_edge(state, edge)
     if criterion not in ('acc', 'loss'): raise ValueError(f"criterion={criterion!r}: allowed are 'acc' and 'loss'")
     W, i = _weights(state), ('acc', 'loss').index(criterion)
@@ -133,14 +135,14 @@ def discretization_accuracy(state: SearchState, edge: tuple, op: int, epochs: in
 
 # %% ../../nbs/search/perturbation.ipynb #41002508
 class Perturbation:
-    """Selects on each edge the operation whose removal hurts the supernet most, tuning after each decision; in spaces whose nodes choose their
-    inputs (those with `with_edges`), then the `inputs` edges of every node whose removal hurts most.
+    """Selects on each edge the operation whose removal hurts the supernet most, tuning after each decision;
+    in spaces whose nodes choose their inputs (those with `with_edges`), then the `inputs` edges of every node whose removal hurts most.
 
-    `criterion`: 'acc' (ties by the loss) or 'loss', on the architecture's half. `tune_epochs` >= 0 after each round, at `lr_scale` of the learning rate
-    with one cosine over all rounds. `order` of the edges: 'random' by the search's seed, or 'forward'. Resumes after each round, bit for bit.
-    `s.selection` tells what was decided and what it cost. ValueError for other values, with level='one', where a supernet is one-hot already,
-    and on resuming with other settings; TypeError for spaces with several operations on an edge.
-    Source: Wang, Cheng, Chen, Tang, Hsieh, DARTS-PT (arXiv 2108.04392), algorithm 1."""
+    `criterion`: 'acc' (ties by the loss) or 'loss', on the architecture's half. `tune_epochs` >= 0 after each round, at `lr_scale` of
+    the learning rate with one cosine over all rounds. `order` of the edges: 'random' by the search's seed, or 'forward'. Resumes after
+    each round, bit for bit. `s.selection` tells what was decided and what it cost. ValueError for other values, with level='one', where
+    a supernet is one-hot already, and on resuming with other settings; TypeError for spaces with several operations on an edge. Source:
+    Wang, Cheng, Chen, Tang, Hsieh, DARTS-PT (arXiv 2108.04392), algorithm 1."""
     def __init__(self, criterion: str = 'acc', tune_epochs: int = 5, order: str = 'random', lr_scale: float = 0.1, inputs: int = 2):
         if criterion not in ('acc', 'loss'): raise ValueError(f"criterion={criterion!r}: allowed are 'acc' and 'loss'")
         if order not in ('random', 'forward'): raise ValueError(f"order={order!r}: allowed are 'random' and 'forward'")
@@ -152,8 +154,11 @@ class Perturbation:
 
     def check(self, s):
         "The driver asks before the search begins."
-        if s.level != 'bi': raise ValueError(f"level={s.level!r} with Perturbation: it leaves no images that did not train the weights; allowed is level='bi'")
-        if not getattr(s.net.space, 'simplex', True): raise TypeError(f'space {s.net.space.name!r} has several operations on an edge: Perturbation decides for one')
+        if s.level != 'bi':
+            raise ValueError(f"level={s.level!r} with Perturbation: it leaves no images that did not train the weights; "
+                             f"allowed is level='bi'")
+        if not getattr(s.net.space, 'simplex', True):
+            raise TypeError(f'space {s.net.space.name!r} has several operations on an edge: Perturbation decides for one')
 
 # %% ../../nbs/search/perturbation.ipynb #2d6d0a94
 @patch
@@ -246,7 +251,8 @@ def genotype(self: Perturbation, s) -> Genotype:
 
 # %% ../../nbs/search/perturbation.ipynb #873d9979
 class BlankArchitecture(Plugin):
-    """Freezes the architecture at uniform: the supernet is trained by its weights alone, on half A, whatever the level or the hypergradient.
+    """Freezes the architecture at uniform: the supernet is trained by its weights alone, on half A,
+    whatever the level or the hypergradient.
 
     For `select=Perturbation()`, which needs no logits. Source: DARTS-PT (arXiv 2108.04392), section 5.1."""
     def start(self, s):

@@ -19,13 +19,15 @@ class Budget:
     batch_size: int = 64
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
 
 @dataclass(frozen=True)
 class SearchRecipe:
-    """Optimizers of a search. Weights: SGD, learning rate `w_lr` falling by a cosine to `w_lr_end`, `momentum`, decay `w_decay`, gradient norm at most `clip`.
-    Architecture: Adam with `a_lr`, `a_betas`, decay `a_decay`. Schedules named w_lr, a_lr take precedence.
-    `per_sample`: a noisy relaxation draws for every image of a batch, not once for the batch (default); costs see the batch's mean weights."""
+    """Optimizers of a search. Weights: SGD, learning rate `w_lr` falling by a cosine to `w_lr_end`, `momentum`,
+    decay `w_decay`, gradient norm at most `clip`. Architecture: Adam with `a_lr`, `a_betas`, decay `a_decay`.
+    Schedules named w_lr, a_lr take precedence. `per_sample`: a noisy relaxation draws for every image of a
+    batch, not once for the batch (default); costs see the batch's mean weights."""
     w_lr: float = 0.05
     w_lr_end: float = 0.
     momentum: float = 0.9

@@ -20,8 +20,9 @@ from ..core.run import Checkpoints, check_device, rng_state, seeded, set_rng_sta
 # %% ../../nbs/search/retrain.ipynb #5ce6ea2c
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: SGD with Nesterov `momentum` and `decay` (on weights of convolutions and linear layers; not on biases and norms),
-    learning rate up to `lr` after a share `warmup` of the steps and down to 0, `smoothing` of labels, gradient norm at most `clip` (None: any)."""
+    """How a network is trained: SGD with Nesterov `momentum` and `decay` (on weights of convolutions and linear
+    layers; not on biases and norms), learning rate up to `lr` after a share `warmup` of the steps and down to
+    0, `smoothing` of labels, gradient norm at most `clip` (None: any)."""
     epochs: int = 20
     batch_size: int = 64
     lr: float = 0.1
@@ -33,9 +34,11 @@ class Recipe:
     def __post_init__(self):
         for name in ('epochs', 'batch_size'):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
-        ranges = dict(lr=(self.lr > 0, 'above 0'), momentum=(0 < self.momentum < 1, 'between 0 and 1'), decay=(self.decay >= 0, 'at least 0'),
-                      warmup=(0 <= self.warmup < 1, 'from 0 to below 1'), smoothing=(0 <= self.smoothing < 1, 'from 0 to below 1'),
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name}={value!r}: allowed is a whole number of at least 1')
+        ranges = dict(lr=(self.lr > 0, 'above 0'), momentum=(0 < self.momentum < 1, 'between 0 and 1'),
+                      decay=(self.decay >= 0, 'at least 0'), warmup=(0 <= self.warmup < 1, 'from 0 to below 1'),
+                      smoothing=(0 <= self.smoothing < 1, 'from 0 to below 1'),
                       clip=(self.clip is None or self.clip > 0, 'None or above 0'))
         for name, (good, allowed) in ranges.items():
             if not good: raise ValueError(f'{name}={getattr(self, name)!r}: allowed is a number {allowed}')
@@ -53,7 +56,8 @@ def accuracy(network: nn.Module, split: Split, batch_size: int = 512) -> float:
     if not len(split): raise ValueError('split is empty: allowed is at least 1 image')
     device, training = next(network.parameters()).device, network.training
     network.eval()
-    right = sum(int((network(x.to(device)).argmax(1) == y.to(device)).sum()) for x, y in zip(split.x.split(batch_size), split.y.split(batch_size)))
+    right = sum(int((network(x.to(device)).argmax(1) == y.to(device)).sum())
+                for x, y in zip(split.x.split(batch_size), split.y.split(batch_size)))
     network.train(training)
     return right / len(split)
 
@@ -63,7 +67,8 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass
 class Trained:
-    "The trained `network`, its accuracy `val_acc` on the validation part after the last epoch, and `history`: a dict an epoch (epoch, loss, lr, val_acc)."
+    """The trained `network`, its accuracy `val_acc` on the validation part after the last epoch, and `history`:
+    a dict an epoch (epoch, loss, lr, val_acc)."""
     network: nn.Module
     val_acc: float
     history: list = field(repr=False)
@@ -71,7 +76,8 @@ class Trained:
 def _optimizer(network, recipe):
     "SGD without weight decay on biases and norms (tensors of fewer than two dimensions)."
     p = [p for p in network.parameters() if p.requires_grad]
-    groups = [dict(params=[q for q in p if q.dim() > 1], weight_decay=recipe.decay), dict(params=[q for q in p if q.dim() < 2], weight_decay=0.)]
+    groups = [dict(params=[q for q in p if q.dim() > 1], weight_decay=recipe.decay),
+              dict(params=[q for q in p if q.dim() < 2], weight_decay=0.)]
     return torch.optim.SGD([g for g in groups if g['params']], recipe.lr, recipe.momentum, nesterov=True, foreach=True)
 
 # %% ../../nbs/search/retrain.ipynb #b7639de2
@@ -116,17 +122,21 @@ def _train_epoch(run: _Training):
     run.history.append(dict(epoch=done + 1, loss=mean, lr=run.recipe.rate(t), val_acc=accuracy(run.network, run.val)))
 
 # %% ../../nbs/search/retrain.ipynb #800c3ecc
-def train_from_scratch(network: nn.Module, task: Task, recipe='small', seed: int = 0, device='cpu', ckpt=None, resume: bool = False, progress=None) -> Trained:
+def train_from_scratch(network: nn.Module, task: Task, recipe='small', seed: int = 0, device='cpu', ckpt=None, resume: bool = False,
+                       progress=None) -> Trained:
     """Train `network` (in place) on the training part of `task`; the test part is not touched.
 
-    `recipe`: a `Recipe` or a name in `RECIPES`. `ckpt`: folder or `Checkpoints`, written each epoch; `resume` goes on there, on CPU bit for bit.
-    ValueError for an unknown recipe, a used `ckpt` without `resume`, a checkpoint of another training; `TrainingDiverged` for a loss that is not finite."""
-    if isinstance(recipe, str) and recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: allowed are {", ".join(RECIPES)} or a Recipe')
+    `recipe`: a `Recipe` or a name in `RECIPES`. `ckpt`: folder or `Checkpoints`, written each epoch; `resume`
+    goes on there, on CPU bit for bit. ValueError for an unknown recipe, a used `ckpt` without `resume`, a
+    checkpoint of another training; `TrainingDiverged` for a loss that is not finite."""
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(f'recipe={recipe!r}: allowed are {", ".join(RECIPES)} or a Recipe')
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe): raise TypeError(f'recipe={recipe!r}: allowed is a Recipe or a name')
     device = check_device(device)
     checkpoints = Checkpoints(ckpt, 'retrain') if isinstance(ckpt, (str, Path)) else ckpt
-    if checkpoints and checkpoints.steps and not resume: raise ValueError(f'ckpt={str(checkpoints.folder)!r} holds a training: allowed are resume=True or another folder')
+    if checkpoints and checkpoints.steps and not resume:
+        raise ValueError(f'ckpt={str(checkpoints.folder)!r} holds a training: allowed are resume=True or another folder')
     run = _Training(network.to(device), task.to(device), recipe, seed)
     with seeded(seed), bar(total=recipe.epochs, desc='train', show=progress) as progress_bar:
         found = checkpoints.latest(device) if checkpoints and resume else None

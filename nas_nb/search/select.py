@@ -51,14 +51,16 @@ def _grouped(flat, space):
 
 # %% ../../nbs/search/select.ipynb #2af4e0f2
 def choice_logp(s) -> dict:
-    "Log-probabilities of the choices of a search state: group -> [rows, n_ops]. Reads `s.net.arch` and `s.relax`, without noise, at temperature 1."
+    """Log-probabilities of the choices of a search state: group -> [rows, n_ops].
+    Reads `s.net.arch` and `s.relax`, without noise, at temperature 1."""
     with torch.no_grad():
         return {group: W.cpu().double().log() for group, W in s.net.arch.weights(s.relax, t=1., training=False).items()}
 
 class Magnitude:
     """Selects the most probable architecture; with `connected` (default) the most probable one that joins input and output.
 
-    The argmax of every row, where that is a network (DARTS, arXiv 1806.09055, section 2.4, with `none` as a candidate as in NAS-Bench-201)."""
+    The argmax of every row, where that is a network (DARTS, arXiv 1806.09055, section 2.4,
+    with `none` as a candidate as in NAS-Bench-201)."""
     def __init__(self, connected: bool = True): self.connected = connected
     def __call__(self, s) -> Genotype:
         return next(g for g, _ in by_probability(choice_logp(s), s.net.space) if g.connected or not self.connected)
@@ -80,7 +82,8 @@ class MagnitudeTop2:
     def __init__(self, inputs: int = 2): self.inputs = check_whole('inputs', inputs, 1)
     def __call__(self, s) -> Genotype:
         logp, space = choice_logp(s), s.net.space
-        return space.with_edges({group: _strongest(logp[group], edges, space.candidates[group], self.inputs) for group, edges in space.groups.items()})
+        return space.with_edges({group: _strongest(logp[group], edges, space.candidates[group], self.inputs)
+                                 for group, edges in space.groups.items()})
 
 # %% ../../nbs/search/select.ipynb #1868dd0c
 def limit_in(cost: Cost, limit) -> float:
@@ -100,4 +103,5 @@ class Within:
             value = self.cost.of(g)
             if value <= self.limit.value: return g
             cheapest = min(cheapest, value)
-        raise ValueError(f'limit={self.limit}: no connected network of {s.net.space.name!r} costs so little; the cheapest costs {cheapest:.4g} {self.cost.unit}')
+        raise ValueError(f'limit={self.limit}: no connected network of {s.net.space.name!r} costs so little; '
+                         f'the cheapest costs {cheapest:.4g} {self.cost.unit}')

@@ -60,13 +60,14 @@ def _halved(in_shape, stages):
 
 # %% ../../nbs/space/cells.ipynb #98c564fb
 class CellSpace(Space):
-    """Networks of `stages` stages with `cells` equal cells each; each stage has twice the channels and half the resolution of the one before.
+    """Networks of `stages` stages with `cells` equal cells each;
+    each stage has twice the channels and half the resolution of the one before.
 
-    `ops`: name -> factory `make(C_in, C_out, stride=1, affine=True) -> nn.Module` that keeps height and width at stride 1; 'none' is no edge.
-    `nodes`: feature maps of a cell, the first its input, the last its output. `edges`: (source, target), default all with source < target.
-    `in_shape`: (channels, height, width) of one example. `C`: channels of the first stage.
-    All cells share one group of choices, 'cell'. Override `stem`, `reduction`, `head` for another frame.
-    ValueError for sizes below 1, edges out of order; `TooManyStages` where the last stage would be smaller than 2 x 2."""
+    `ops`: name -> factory `make(C_in, C_out, stride=1, affine=True) -> nn.Module` that keeps height and width at stride 1; 'none'
+    is no edge. `nodes`: feature maps of a cell, the first its input, the last its output. `edges`: (source, target), default all
+    with source < target. `in_shape`: (channels, height, width) of one example. `C`: channels of the first stage. All cells share
+    one group of choices, 'cell'. Override `stem`, `reduction`, `head` for another frame. ValueError for sizes below 1, edges out
+    of order; `TooManyStages` where the last stage would be smaller than 2 x 2."""
     def __init__(self, name, ops, nodes=4, edges=None, in_shape=(3, 32, 32), n_classes=10, C=16, stages=2, cells=1):
         for key, value in dict(nodes=nodes, C=C, stages=stages, cells=cells).items():
             least = 2 if key == 'nodes' else 1
@@ -81,7 +82,8 @@ class CellSpace(Space):
         self._check_stages(stages)
     def _check_stages(self, stages):
         if min(_halved(self.in_shape, stages)) < 2:
-            raise TooManyStages(f'stages must leave the last stage at least 2 x 2: {stages} stages over {self.in_shape[1]} x {self.in_shape[2]} leave '
+            raise TooManyStages(f'stages must leave the last stage at least 2 x 2: {stages} stages over {self.in_shape[1]} x '
+                                f'{self.in_shape[2]} leave '
                                 f'{" x ".join(map(str, _halved(self.in_shape, stages)))}')
     def stem(self, C_in, C):
         "Before the first stage: [B, C_in, H, W] -> [B, C, H, W]."
@@ -114,12 +116,14 @@ class CellNetwork(nn.Module):
 
 # %% ../../nbs/space/cells.ipynb #382e7511
 class CellSupernet(Supernet):
-    "The supernet of a `CellSpace`: `MixedCell`s whose operations have batch norm without scale and shift, all deciding by the weights W['cell']."
+    """The supernet of a `CellSpace`: `MixedCell`s whose operations have batch norm without scale and shift,
+    all deciding by the weights W['cell']."""
     def __init__(self, space, generator=None):
         edges = space.groups['cell']
         super().__init__(space, ArchParams({'cell': (len(edges), len(space.op_names))}, generator=generator))
         def make_cell(channels):
-            def make_choice(row): return Choice({name: make(channels, channels, 1, False) for name, make in space.ops.items()}, ('cell', row))
+            def make_choice(row):
+                return Choice({name: make(channels, channels, 1, False) for name, make in space.ops.items()}, ('cell', row))
             return MixedCell(edges, space.nodes, make_choice)
         self.stem, body, self.head = space._frame(make_cell, space.C, space.stages, space.cells)
         self.body = nn.ModuleList(body)
@@ -131,7 +135,8 @@ class CellSupernet(Supernet):
 # %% ../../nbs/space/cells.ipynb #a5f0922d
 @patch
 def discretize(self: CellSupernet, g, copy_weights=True):
-    """The `CellNetwork` that computes what this supernet computes at one-hot weights of genotype `g`: same widths, all edges of `g` but 'none'.
+    """The `CellNetwork` that computes what this supernet computes at one-hot weights of genotype `g`: same widths,
+    all edges of `g` but 'none'.
 
     `copy_weights`: with a copy of the supernet's weights and statistics, in its train or eval mode; else initialised with seed 0."""
     rows = self.space.indices(g)['cell']
@@ -169,8 +174,8 @@ def build(self: CellSpace, g, seed=0, live=True, C=None, stages=None, cells=None
 @patch
 def config(self: CellSpace):
     "What this space is, for JSON; operations by name."
-    return dict(name=self.name, op_names=list(self.op_names), nodes=self.nodes, edges=[list(e) for e in self.groups['cell']], in_shape=list(self.in_shape),
-                n_classes=self.n_classes, C=self.C, stages=self.stages, cells=self.cells)
+    return dict(name=self.name, op_names=list(self.op_names), nodes=self.nodes, edges=[list(e) for e in self.groups['cell']],
+                in_shape=list(self.in_shape), n_classes=self.n_classes, C=self.C, stages=self.stages, cells=self.cells)
 
 # %% ../../nbs/space/cells.ipynb #f306ae79
 @patch
@@ -186,7 +191,8 @@ def from_str(self: CellSpace, text):
     try:
         parts = [[item.split('~') for item in part.strip('|').split('|') if item] for part in text.split('+')]
         edges = [(int(s), t, op) for t, part in enumerate(parts, 1) for op, s in part]
-    except (ValueError, AttributeError) as e: raise ValueError(f"text must look like '|operation~0|+|operation~0|operation~1|', got {text!r}") from e
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"text must look like '|operation~0|+|operation~0|operation~1|', got {text!r}") from e
     g = Genotype(self.name, (CellGraph('cell', 1, (self.nodes - 1,), edges),))
     if len(self.chosen(g)['cell']) < len(self.groups['cell']):
         raise ValueError(f'text must name an operation for each edge of {self.groups["cell"]}, got {text!r}')
@@ -194,7 +200,8 @@ def from_str(self: CellSpace, text):
 
 # %% ../../nbs/space/cells.ipynb #b0f66674
 def nb201_space(in_shape=(3, 32, 32), n_classes=10, C=16, stages=3, cells=5):
-    """The topology space of NAS-Bench-201 (Dong, Yang, ICLR 2020): 4 nodes, 6 edges, 5 operations, 15,625 cells. The defaults are its own networks.
+    """The topology space of NAS-Bench-201 (Dong, Yang, ICLR 2020): 4 nodes, 6 edges, 5 operations, 15,625 cells.
+    The defaults are its own networks.
 
     `in_shape`: (channels, height, width). `C`: channels of the first stage. Errors as in `CellSpace`."""
     return CellSpace('nb201', NB201_OPS, 4, None, in_shape, n_classes, C, stages, cells)
@@ -221,8 +228,11 @@ def table_rows(self: CellSpace, ops):
 
     `ops`: int array [size, edges], the operation numbers of the table's rows. ValueError unless every cell stands in it once."""
     ops = np.asarray(ops, dtype=np.int64)
-    if ops.shape != (self.size(), len(self.groups['cell'])): raise ValueError(f'ops must have the shape {(self.size(), len(self.groups["cell"]))}, got {ops.shape}')
-    if ops.min() < 0 or ops.max() >= len(self.op_names): raise ValueError(f'ops must be from 0 to {len(self.op_names) - 1}, got {ops.min()} to {ops.max()}')
+    if ops.shape != (self.size(), len(self.groups['cell'])):
+        raise ValueError(f'ops must have the shape {(self.size(), len(self.groups["cell"]))}, got {ops.shape}')
+    if ops.min() < 0 or ops.max() >= len(self.op_names):
+        raise ValueError(f'ops must be from 0 to {len(self.op_names) - 1}, got {ops.min()} to {ops.max()}')
     numbers = ops @ len(self.op_names)**np.arange(ops.shape[1])[::-1]
-    if len(np.unique(numbers)) < len(numbers): raise ValueError(f'ops must hold every cell once, got {len(np.unique(numbers))} different ones in {len(numbers)} rows')
+    if len(np.unique(numbers)) < len(numbers):
+        raise ValueError(f'ops must hold every cell once, got {len(np.unique(numbers))} different ones in {len(numbers)} rows')
     return numbers.argsort()

@@ -84,7 +84,8 @@ def expression(self: Genotype):
 @patch
 def to_json(self: Genotype):
     "This genotype as one line of JSON."
-    return json.dumps({'space': self.space, 'cells': [{k: getattr(c, k) for k in ('group', 'inputs', 'outputs', 'edges')} for c in self.cells]})
+    return json.dumps({'space': self.space,
+                       'cells': [{k: getattr(c, k) for k in ('group', 'inputs', 'outputs', 'edges')} for c in self.cells]})
 
 @patch(cls_method=True)
 def from_json(cls: Genotype, text):
@@ -92,7 +93,8 @@ def from_json(cls: Genotype, text):
     try:
         d = json.loads(text)
         return cls(d['space'], tuple(CellGraph(c['group'], int(c['inputs']), c['outputs'], c['edges']) for c in d['cells']))
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'text must be the JSON of a genotype, got {str(text)[:120]!r} ({e})') from e
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f'text must be the JSON of a genotype, got {str(text)[:120]!r} ({e})') from e
 
 # %% ../../nbs/space/core.ipynb #3c9b3a2d
 Weights = dict   # group -> Tensor [rows, n_ops] or, one row of weights for each sample, [B, rows, n_ops]
@@ -108,13 +110,15 @@ class ArchParams(nn.Module):
             if not name or '.' in name or len(shape) != 2 or min(shape) < 1:
                 raise ValueError(f'groups must map names without a dot to (rows, n_ops) >= 1, got {name!r}: {shape}')
         self.groups = {name: tuple(shape) for name, shape in groups.items()}
-        self.logits = nn.ParameterDict({name: nn.Parameter(init_std*torch.randn(shape, generator=generator)) for name, shape in self.groups.items()})
+        self.logits = nn.ParameterDict({name: nn.Parameter(init_std*torch.randn(shape, generator=generator))
+                                        for name, shape in self.groups.items()})
     def __getitem__(self, name): return self.logits[name]
     def weights(self, relax, t=1., training=True, generator=None, samples=None):
         """What the relaxation `relax` makes of the logits at temperature `t`: `Weights`.
 
         `samples` B: [B, rows, n_ops], every sample of a batch with noise of its own. Default: one draw [rows, n_ops] for all."""
-        if samples is not None and not (isinstance(samples, int) and samples > 0): raise ValueError(f'samples must be an integer >= 1, got {samples!r}')
+        if samples is not None and not (isinstance(samples, int) and samples > 0):
+            raise ValueError(f'samples must be an integer >= 1, got {samples!r}')
         logits = {name: self[name] if samples is None else self[name].expand(samples, *shape) for name, shape in self.groups.items()}
         return {name: relax(alpha, t=t, training=training, generator=generator) for name, alpha in logits.items()}
 
@@ -128,11 +132,12 @@ def active_operations(w):
 
 # %% ../../nbs/space/core.ipynb #6fb1e291
 class Choice(nn.Module):
-    """An edge not yet decided: the weighted sum of candidate operations `ops` (name -> module). `key` = (group, row) says which weights decide it.
+    """An edge not yet decided: the weighted sum of candidate operations `ops` (name -> module).
+    `key` = (group, row) says which weights decide it.
 
-    `forward(x, w, active=None)`: `w` [n_ops], or [B, n_ops] for weights of each sample's own. `active`: indices of the operations that may be
-    called, by default those whose weight is not exactly 0, or all where `w` carries a gradient; or `Paths`. One with `is_zero` is not called.
-    Where nothing is left, the result is zero, of the shape that a zero-like operation gives, or else of x."""
+    `forward(x, w, active=None)`: `w` [n_ops], or [B, n_ops] for weights of each sample's own. `active`: indices of the operations that may
+    be called, by default those whose weight is not exactly 0, or all where `w` carries a gradient; or `Paths`. One with `is_zero` is not
+    called. Where nothing is left, the result is zero, of the shape that a zero-like operation gives, or else of x."""
     def __init__(self, ops, key):
         super().__init__()
         if not ops: raise ValueError('ops must hold at least one operation, got none')
@@ -159,8 +164,9 @@ class Choice(nn.Module):
 class Supernet(nn.Module):
     """All networks of `space` in one. A subclass makes its modules and defines `compute(x, W, active)`.
 
-    `forward(x, W=None)`: x [B, C, H, W]; W maps each group to weights [rows, n_ops], or [B, rows, n_ops] for weights of each sample's own; None
-    is the softmax of the architecture parameters `arch`. Returns logits [B, n_classes]. ValueError where W lacks a group or has another shape."""
+    `forward(x, W=None)`: x [B, C, H, W]; W maps each group to weights [rows, n_ops], or [B, rows, n_ops] for
+    weights of each sample's own; None is the softmax of the architecture parameters `arch`. Returns logits [B,
+    n_classes]. ValueError where W lacks a group or has another shape."""
     def __init__(self, space, arch):
         super().__init__()
         self.space, self.arch = space, arch
@@ -169,7 +175,8 @@ class Supernet(nn.Module):
         batch = len(x[0] if isinstance(x, tuple) else x)               # a tuple: a network with several inputs
         for name, shape in self.arch.groups.items():
             if name not in W or tuple(W[name].shape) not in (shape, (batch, *shape)):
-                raise ValueError(f'W must hold weights {shape}, or {(batch, *shape)}, for group {name!r}, got {tuple(W[name].shape) if name in W else "none"}')
+                raise ValueError(f'W must hold weights {shape}, or {(batch, *shape)}, for group {name!r}, '
+                                 f'got {tuple(W[name].shape) if name in W else "none"}')
         return self.compute(x, W, {name: active_operations(W[name]) for name in self.arch.groups})
     def compute(self, x, W, active): raise NotImplementedError(f'{type(self).__name__} must define compute()')
     def arch_parameters(self):
@@ -194,7 +201,8 @@ class Space:
     """What all spaces share, given `name`, `op_names`, `groups` (group -> tuple of (source, target)), `ends` (group -> (inputs, outputs)),
     `in_shape` (C, H, W) and `n_classes`: counting, sampling, names and encodings. A subclass adds `supernet` and `build`.
 
-    `op_names`: names for all groups, or group -> names where they differ. Either way `candidates` is the second form, `op_names` all names."""
+    `op_names`: names for all groups, or group -> names where they differ.
+    Either way `candidates` is the second form, `op_names` all names."""
     def __init__(self, name, op_names, groups, ends, in_shape, n_classes):
         self.name, self.in_shape, self.n_classes = name, tuple(in_shape), int(n_classes)
         self.groups, self.ends = {g: tuple(map(tuple, e)) for g, e in groups.items()}, dict(ends)
@@ -230,7 +238,8 @@ def _rows(self, choices):
         a, n = torch.as_tensor(choices[group]).detach(), len(self.candidates[group])
         if tuple(a.shape) == (len(edges), n): a = a.argmax(-1)
         if tuple(a.shape) != (len(edges),) or a.is_floating_point() or not (0 <= int(a.min()) and int(a.max()) < n):
-            raise ValueError(f'choices[{group!r}] must be weights {(len(edges), n)} or {len(edges)} numbers below {n}, got {choices[group]}')
+            raise ValueError(f'choices[{group!r}] must be weights {(len(edges), n)} or {len(edges)} numbers below {n}, '
+                             f'got {choices[group]}')
         out[group] = a.tolist()
     return out
 
@@ -258,7 +267,8 @@ def chosen(self: Space, g):
     for group, edges in cells.items():
         wrong = [e for e in edges if e[:2] not in self.groups[group] or e[2] not in self.candidates[group]]
         if wrong or len(out[group]) < len(edges):
-            raise ValueError(f'g must use edges of {self.groups[group]} once, with one of {self.candidates[group]}; wrong: {wrong or "an edge twice"}')
+            raise ValueError(f'g must use edges of {self.groups[group]} once, with one of {self.candidates[group]}; wrong: '
+                             f'{wrong or "an edge twice"}')
     return out
 
 # %% ../../nbs/space/core.ipynb #c72e5892
@@ -290,9 +300,11 @@ def enumerate(self: Space):
 @patch
 def sample(self: Space, generator, connected=True):
     "One genotype, uniform over all, or over all connected ones. `generator`: a numpy `Generator`."
-    if not isinstance(generator, np.random.Generator): raise TypeError(f'generator must be a numpy.random.Generator, got {type(generator).__name__}')
+    if not isinstance(generator, np.random.Generator):
+        raise TypeError(f'generator must be a numpy.random.Generator, got {type(generator).__name__}')
     while True:
-        g = self._genotype({group: generator.integers(len(self.candidates[group]), size=len(e)).tolist() for group, e in self.groups.items()})
+        g = self._genotype({group: generator.integers(len(self.candidates[group]), size=len(e)).tolist()
+                            for group, e in self.groups.items()})
         if not connected or g.connected: return g
 
 @patch

@@ -20,7 +20,8 @@ from .darts import DartsSpace, DartsSupernet
 class GoldSpace(DartsSpace):
     """Cells as in `DartsSpace`, each with its own architecture; any set of operations on any edge, at least one for every node.
 
-    `ops`: name -> factory; 'none' is not among them. Weights are switches from 0 to 1, on above 1/2. Other arguments and errors as in `DartsSpace`."""
+    `ops`: name -> factory; 'none' is not among them. Weights are switches from 0 to 1, on above 1/2.
+    Other arguments and errors as in `DartsSpace`."""
     simplex = False
     def __init__(self, name, ops, nodes=4, in_shape=(3, 32, 32), n_classes=10, C=36, cells=14):
         if 'none' in ops: raise ValueError(f"ops must not hold 'none', as every operation can be switched off, got {tuple(ops)}")
@@ -101,7 +102,8 @@ def enumerate(self: GoldSpace):
 @patch
 def sample(self: GoldSpace, generator, connected=True):
     "One genotype, uniform over those without an empty node, all of which are connected. `generator`: a numpy `Generator`."
-    if not isinstance(generator, np.random.Generator): raise TypeError(f'generator must be a numpy.random.Generator, got {type(generator).__name__}')
+    if not isinstance(generator, np.random.Generator):
+        raise TypeError(f'generator must be a numpy.random.Generator, got {type(generator).__name__}')
     on = {}
     for group in self.groups:
         on[group] = []
@@ -112,7 +114,8 @@ def sample(self: GoldSpace, generator, connected=True):
 
 # %% ../../nbs/space/gold.ipynb #d4bbf1c8
 class GoldSupernet(DartsSupernet):
-    "The supernet of a `GoldSpace`. `forward(x, W=None)`: W maps each cell to switches [rows, n_ops] in [0, 1]; None is the sigmoid of the logits."
+    """The supernet of a `GoldSpace`. `forward(x, W=None)`: W maps each cell to switches [rows, n_ops] in [0, 1];
+    None is the sigmoid of the logits."""
     def forward(self, x, W=None):
         return super().forward(x, {n: self.arch[n].sigmoid() for n in self.arch.groups} if W is None else W)
 
@@ -123,8 +126,10 @@ def supernet(self: GoldSpace, seed=0):
 
 # %% ../../nbs/space/gold.ipynb #8c9ff5f4
 def operation_costs(space):
-    "Multiply-adds of every operation of a `DartsSpace` in its place, for one image: group -> [rows, n_ops], float64; cells that share are summed."
-    out, known, size = {g: torch.zeros(len(e), len(space.op_names), dtype=torch.float64) for g, e in space.groups.items()}, {}, space.in_shape[1:]
+    """Multiply-adds of every operation of a `DartsSpace` in its place, for one image: group -> [rows, n_ops], float64;
+    cells that share are summed."""
+    out, known, size = {g: torch.zeros(len(e), len(space.op_names), dtype=torch.float64)
+                        for g, e in space.groups.items()}, {}, space.in_shape[1:]
     for p in space.layout():
         inner = tuple(-(-n//(1 + p.reduction)) for n in size)
         for row, (s, _) in enumerate(space.groups[p.group]):

@@ -22,7 +22,8 @@ def _average(C_in, C_out, stride=1, affine=True):
 class MiniSpace(CellSpace):
     "3 nodes, edges 0→1, 0→2, 1→2, the 5 operations of NAS-Bench-201; one cell of 8 channels on 12 x 12, one of 16 on 6 x 6."
     def __init__(self):
-        super().__init__('mini', NB201_OPS | {'avg_pool_3x3': _average}, nodes=3, in_shape=(1, 12, 12), n_classes=10, C=8, stages=2, cells=1)
+        super().__init__('mini', NB201_OPS | {'avg_pool_3x3': _average}, nodes=3, in_shape=(1, 12, 12), n_classes=10,
+                         C=8, stages=2, cells=1)
     def reduction(self, C_in, C_out):
         "ReLU, 3x3 convolution with stride 2, batch norm: [B, C_in, H, W] -> [B, C_out, ceil(H/2), ceil(W/2)]."
         return ReLUConvBN(C_in, C_out, 3, 2)
@@ -53,10 +54,11 @@ def _epochs(net, x, y, generator, epochs=12, batch=50, peak=0.1):
 
 # %% ../../nbs/space/mini.ipynb #4d5b76bd
 def train_mini(g, seed):
-    """Test accuracy in [0, 1] of mini genotype `g`, trained by the recipe of the table: 12 epochs on all 800 training images, batches of 50.
+    """Test accuracy in [0, 1] of mini genotype `g`, trained by the recipe of the table:
+    12 epochs on all 800 training images, batches of 50.
 
-    `g`: a genotype of `mini_space()`, ValueError for another's. `seed` decides initial weights and the order of batches; the images are always the same.
-    Half a second to three seconds on one core."""
+    `g`: a genotype of `mini_space()`, ValueError for another's. `seed` decides initial weights and the order of batches;
+    the images are always the same. Half a second to three seconds on one core."""
     space = mini_space()
     x, y = map(torch.from_numpy, translated_digits())
     net = space.build(g, seed=seed)

@@ -33,9 +33,11 @@ class RecurrentSpace(Space):
     """Recurrent cells of `nodes` nodes over states of `hidden` numbers.
 
     `tokens`: so many different tokens, of which `length` are read and the next is predicted: x int64 [B, length], n_classes = tokens.
-    `in_shape`: else images of this shape (C, H, W), read as H steps of C*W numbers. ValueError for sizes below 1 and for both or neither."""
+    `in_shape`: else images of this shape (C, H, W), read as H steps of C*W numbers.
+    ValueError for sizes below 1 and for both or neither."""
     def __init__(self, nodes=8, hidden=32, tokens=None, length=16, in_shape=None, n_classes=None):
-        if (tokens is None) == (in_shape is None): raise ValueError(f'tokens or in_shape must be given, and not both, got {tokens} and {in_shape}')
+        if (tokens is None) == (in_shape is None):
+            raise ValueError(f'tokens or in_shape must be given, and not both, got {tokens} and {in_shape}')
         self.nodes, self.hidden, self.tokens = check_whole('nodes', nodes, 1), check_whole('hidden', hidden, 1), tokens
         if tokens is not None: in_shape, n_classes = (check_whole('length', length, 1),), check_whole('tokens', tokens, 2)
         edges = tuple((s, t) for t in range(1, nodes + 1) for s in range(t))
@@ -92,7 +94,8 @@ class RecurrentFrame(nn.Module):
 
 # %% ../../nbs/space/recurrent.ipynb #c4ba7cfb
 class RecurrentSupernet(Supernet):
-    "The supernet of a `RecurrentSpace`: one `Choice` for each edge, `nodes[t-1]` the matrix of node t, one batch norm for all nodes and steps."
+    """The supernet of a `RecurrentSpace`: one `Choice` for each edge, `nodes[t-1]` the matrix of node t,
+    one batch norm for all nodes and steps."""
     def __init__(self, space, generator=None):
         edges = space.groups['recurrent']
         super().__init__(space, ArchParams({'recurrent': (len(edges), len(space.op_names))}, generator=generator))
@@ -182,5 +185,6 @@ def from_darts(self: RecurrentSpace, text):
             raise ValueError(f'it must have one edge for each of the nodes {list(nodes)} and average these')
         edges = [(int(s), t, str(op)) for t, (op, s) in zip(nodes, pairs)]
     except (ValueError, SyntaxError, AttributeError, KeyError, TypeError) as e:
-        raise ValueError(f"text must look like 'Genotype(recurrent=[(activation, source), ...], concat=...)', got {str(text)[:120]!r} ({e})") from e
+        raise ValueError(f"text must look like 'Genotype(recurrent=[(activation, source), ...], concat=...)', "
+                         f"got {str(text)[:120]!r} ({e})") from e
     return self.with_edges({'recurrent': edges})
