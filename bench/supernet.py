@@ -7,11 +7,11 @@ backward pass through weights and architecture in both halves of the step, PyTor
 is a C++ compiler, the compiled cells on `--threads` threads, the former on 1 too; the first turn, which compiles, is not counted but printed. One step:
 loss on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference.
 The floor is the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
-Where the time goes: shares of the fast step by kind of library call. Two halves: the fast step on half the
-batch in two single-threaded processes at once. Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
-import argparse, copy, ctypes, json, multiprocessing, os, subprocess, sys, time
+Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by
+two single-threaded data-parallel processes, half the batch each, gradients averaged (batch norm then sees half the batch). Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
+import argparse, copy, ctypes, json, multiprocessing, os, socket, subprocess, sys, time
 import numpy as np, torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from nas_nb.core.run import seeded
 from nas_nb.space.cells import MixedCell, nb201_space
@@ -57,8 +57,8 @@ MAKE = {'fast': accelerate, 'compiled': compile_cells}
 
 class Side:
     "One way to make a step: a network of its own (a copy of `net`), its optimizers, its number of threads."
-    def __init__(self, kind, net, threads):
-        self.kind, self.threads, self.net = kind, threads, copy.deepcopy(net)
+    def __init__(self, kind, net, threads, exchange=None):
+        self.kind, self.threads, self.exchange, self.net = kind, threads, exchange, copy.deepcopy(net)
         if kind in MAKE: MAKE[kind](self.net)
         self.net.train()
         self.arch, self.weights = self.net.arch_parameters(), self.net.weight_parameters()
@@ -76,7 +76,8 @@ class Side:
             self.loss(batch).backward()
             return
         for p in others: p.requires_grad_(False)
-        for p, g in zip(wanted, torch.autograd.grad(self.loss(batch), wanted)): p.grad = g
+        gradients = torch.autograd.grad(self.loss(batch), wanted)
+        for p, g in zip(wanted, self.exchange(gradients) if self.exchange else gradients): p.grad = g
         for p in others: p.requires_grad_(True)
     def step(self, train, val):
         torch.set_num_threads(self.threads)
@@ -186,29 +187,45 @@ def race(sides, data, rounds):
             times[label].append(time.perf_counter() - start)
     return {label: float(np.median(t[1:])) for label, t in times.items()}, {label: t[0] for label, t in times.items()}
 
-def half(name, quick, batch, rounds, barrier, times):
-    "One of two processes: steps of the fast path on half a batch, one thread, begun together."
-    torch.set_num_threads(1)
-    space = SPACES[name](quick)
-    side, data = Side('fast', space.supernet(0), 1), batches(space, batch//2)
-    for turn in range(rounds + 1):
-        barrier.wait()
-        start = time.perf_counter()
-        side.step(*data)
-        if turn: times.put((turn, time.perf_counter() - start))
+def half(rank, port, name, kind, quick, batch, rounds, times):
+    """One of two data-parallel processes: steps on half a batch with one thread, begun together; gradients are averaged by gloo.
 
-def two_halves(name, quick, batch, rounds):
-    "Median seconds until the slower of two single-threaded processes has done its half of a step; the exchange of gradients would come on top."
-    context = multiprocessing.get_context('spawn')
-    barrier, times = context.Barrier(2), context.Queue()
-    workers = [context.Process(target=half, args=(name, quick, batch, rounds, barrier, times)) for _ in range(2)]
+    As in every data-parallel run, batch norm sees the half of its own process."""
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    space = SPACES[name](quick)
+    side, data = Side(kind, space.supernet(0), 1, exchange=average), batches(space, batch)
+    mine = [(x[rank::2], y[rank::2]) for x, y in data]
+    for turn in range(rounds + 1):
+        distributed.barrier()
+        start = time.perf_counter()
+        side.step(*mine)
+        if turn: times.put((turn, time.perf_counter() - start))
+    distributed.destroy_process_group()
+
+def average(gradients):
+    "The mean of each gradient over the processes, in one exchange."
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    distributed.all_reduce(flat)
+    return [part.view_as(g) for part, g in zip((flat/2).split([g.numel() for g in gradients]), gradients)]
+
+def two_halves(name, kind, quick, batch, rounds):
+    "Median seconds until the slower of two single-threaded processes has made a step, with half the batch each and their gradients averaged."
+    context, port = multiprocessing.get_context('spawn'), free_port()
+    times = context.Queue()
+    workers = [context.Process(target=half, args=(rank, port, name, kind, quick, batch, rounds, times)) for rank in range(2)]
     for w in workers: w.start()
     slowest = {}
     for _ in range(2*rounds):
-        turn, seconds = times.get(timeout=300)
+        turn, seconds = times.get(timeout=900)
         slowest[turn] = max(seconds, slowest.get(turn, 0.))
     for w in workers: w.join()
     return float(np.median(list(slowest.values())))
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 def rows(args):
     for name in args.space:
@@ -230,10 +247,10 @@ def rows(args):
                 yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best], unit='s', n=args.rounds,
                            against=peer, side=best)
             if not args.quick:
-                seconds['halves'] = two_halves(name, args.quick, batch, args.rounds)
-                together = min(seconds[label] for label in seconds if label.startswith('fast'))
-                yield dict(name=f'{name} two halves, batch {batch}', ours=together, peer=seconds['halves'], ratio=seconds['halves']/together, unit='s', n=args.rounds,
-                           against='two processes of one thread, the fast path')
+                for kind in kinds:
+                    halves, together = two_halves(name, kind, args.quick, batch, args.rounds), min(seconds[k] for k in seconds if k.startswith(kind))
+                    yield dict(name=f'{name} two data-parallel halves, batch {batch}', ours=halves, peer=together, ratio=together/halves, unit='s',
+                               n=args.rounds, against=f'{kind}, one process', plain=seconds['plain']/halves, reference=seconds['reference']/halves)
             torch.set_num_threads(sides[best].threads)
             calls = convolutions(net, data[0][0])
             work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls)      # 2 forward, 2 gradients in x, 1 in weights
