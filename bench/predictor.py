@@ -3,11 +3,13 @@
     python bench/predictor.py [--quick] [--json] [--table nb201 curve full fbnet ofa hat speed] [--seeds 5] [--devices ...]
     python bench/predictor.py --table machine         measures 300 networks here, twice; on an idle machine only
 
-Every row is one training: a device, n samples, a seed. Rows are appended to nbs/cost/predictor_bench.csv and not computed again; --quick computes a
-few small ones and keeps none. Isomorphic networks (equal `Genotype.expression`) never stand on both sides. `error`: mean relative error on up to 3,000
-held-out networks; `connected`: on those of them that pass a signal. A ratio is the better peer's mean error over ours, > 1 where we are better.
+Every row is one training: a device, n samples, a seed. Rows are appended to nbs/cost/predictor_bench.csv and not computed
+again; --quick computes a few small ones and keeps none. Isomorphic networks (equal `Genotype.expression`) never stand on both
+sides. `error`: mean relative error on up to 3,000 held-out networks; `connected`: on those of them that pass a signal. A ratio is
+the better peer's mean error over ours, > 1 where we are better. `speed` is against 200,000 a second, and for the Gaussian process
+also against its sum over centres as a plain formula.
 Needs NAS_NB_DATA, except for `machine` and `speed`."""
-import argparse, json, time
+import argparse, copy, json, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from sklearn.linear_model import RidgeCV
@@ -19,12 +21,14 @@ from nas_nb.space.cells import nb201_space
 
 STORE = Path(__file__).resolve().parent.parent/'nbs/cost/predictor_bench.csv'
 KEY, FIELDS = ['table', 'device', 'n', 'seed', 'model'], ['error', 'connected', 'spearman', 'reading', 'kind']
-SIZES = dict(nb201=(900,), curve=(50, 100, 300, 900, 5000), full=(30, 100, 300, 1000, 3000, 10000), fbnet=(100, 900), ofa=(100, 900), hat=(100, 900))
+SIZES = dict(nb201=(900,), curve=(50, 100, 300, 900, 5000), full=(30, 100, 300, 1000, 3000, 10000), fbnet=(100, 900), ofa=(100, 900),
+             hat=(100, 900))
 FULL = ('gold_6226', '1080ti_1', 'raspi4', 'pixel2')
 HELD, STEPS = 3000, 300                  # networks to test; steps of the peer's network
 
 class Data:
-    "Latencies by device, what the peers read (`onehot` [N, d]), what we read (`X`: reading -> [N, D], with `columns`), classes of twins, and who passes a signal."
+    """Latencies by device, what the peers read (`onehot` [N, d]), what we read (`X`: reading -> [N, D], with `columns`), classes of
+    twins, and who passes a signal."""
     def __init__(self, latency, onehot, X, columns=None, groups=None, connected=None):
         self.latency, self.onehot, self.X, self.columns = latency, torch.as_tensor(onehot).float(), X, columns
         N = len(self.onehot)
@@ -44,8 +48,8 @@ def load_nb201(home):
     groups = np.array([number.setdefault(g.expression(), len(number)) for g in cells])
     X = {live: feature_vector(space, W, live) for live in LIVE}
     latency = np.load(home/'nb201_latency.npz')
-    return Data({k: latency[k] for k in latency.files}, W['cell'].flatten(1), X, {live: table_columns(space, live) for live in LIVE}, groups,
-                np.array([g.connected for g in cells]))
+    columns = {live: table_columns(space, live) for live in LIVE}
+    return Data({k: latency[k] for k in latency.files}, W['cell'].flatten(1), X, columns, groups, np.array([g.connected for g in cells]))
 
 def load_fbnet(home):
     z = np.load(home/'fbnet_latency.npz')
@@ -58,8 +62,9 @@ def load_ofa(home):
     runs = torch.as_tensor(np.arange(4)[None, None] < z['d'][:, :, None]).flatten(1).float()
     choice = torch.eye(9)[torch.as_tensor((z['ks'].astype(int)//2 - 1)*3 + np.searchsorted([3, 4, 6], z['e']))]
     x, pixels = (choice*runs[..., None]).flatten(1), torch.as_tensor((z['r'].astype(float)/224)**2).float()[:, None]
+    layers = torch.cat([x, pixels], 1)
     return Data({k[4:]: z[k] for k in z.files if k.startswith('lat_')}, torch.cat([x, runs, pixels], 1),
-                {'layers': torch.cat([x, pixels], 1), 'layers by pixels': torch.cat([x, pixels, x*pixels], 1)}, groups=classes(torch.cat([x, pixels], 1)))
+                {'layers': layers, 'layers by pixels': torch.cat([layers, x*pixels], 1)}, groups=classes(layers))
 
 def load_hat(home):
     "Each set has its own networks: a device is a set. Features as they are, and with their products."
@@ -105,9 +110,13 @@ def one(data, device, n, seed, model, share=.5):
     if len(train) < n: raise ValueError(f'n={n}: the training side of {device!r} has {len(train)}')
     predicted, reading, kind = MODELS[model](data, y, train, test, seed)
     error, signal = np.abs(predicted/y[test] - 1), data.connected[test]
-    return dict(error=float(error.mean()), connected=float(error[signal].mean()), spearman=spearman(predicted, y[test]), reading=reading, kind=kind)
+    return dict(error=float(error.mean()), connected=float(error[signal].mean()), spearman=spearman(predicted, y[test]), reading=reading,
+                kind=kind)
 
-def stored(): return pd.read_csv(STORE, keep_default_na=False, dtype=dict(device=str)) if STORE.exists() else pd.DataFrame(columns=KEY + FIELDS)
+def stored():
+    "The rows in the file, none where there is no file."
+    if not STORE.exists(): return pd.DataFrame(columns=KEY + FIELDS)
+    return pd.read_csv(STORE, keep_default_na=False, dtype=dict(device=str))
 
 def append(row):
     "One line at the end of the file, in one write: several processes may work at once."
@@ -130,7 +139,8 @@ def compute(table, devices, seeds, sizes, home, keep=True):
                     row = key | one(part, device, n, seed, model, share=.9 if table == 'full' else .5)
                     append(row) if keep else rows.append(row)
     frame = stored() if keep else pd.DataFrame(rows)
-    return frame[(frame.table == name) & frame.n.isin(sizes) & frame.seed.isin(list(seeds)) & (frame.device.isin(devices) if devices else True)]
+    frame = frame[(frame.table == name) & frame.n.isin(sizes) & frame.seed.isin(list(seeds))]
+    return frame[frame.device.isin(devices)] if devices else frame
 
 def summary(frame):
     "One row for a table, device and size: mean errors over seeds, the ratio to the better peer, Spearman."
@@ -140,25 +150,32 @@ def summary(frame):
             if which == 'connected' and np.allclose(mean, g.groupby('model').error.mean()): continue
             rank, mine = g.groupby('model').spearman.mean(), g[g.model == 'ours']
             peer = min(mean['ridge'], mean['mlp'])
-            yield dict(name=f'{table}/{device}/{n}' + ('/connected' if which == 'connected' else ''), ours=mean['ours'], peer=peer, ratio=peer/max(mean['ours'], 1e-9), unit='relative error',
-                       n=len(mine), ridge=mean['ridge'], mlp=mean['mlp'], spearman=rank['ours'], spearman_ridge=rank['ridge'], spearman_mlp=rank['mlp'],
+            yield dict(name=f'{table}/{device}/{n}' + ('/connected' if which == 'connected' else ''), ours=mean['ours'], peer=peer,
+                       ratio=peer/max(mean['ours'], 1e-9), unit='relative error', n=len(mine), ridge=mean['ridge'], mlp=mean['mlp'],
+                       spearman=rank['ours'], spearman_ridge=rank['ridge'], spearman_mlp=rank['mlp'],
                        reading=mine.reading.mode()[0], kind=mine.kind.mode()[0])
 
 def speed(quick):
-    "Predictions a second on two threads from relaxed weights, gradient included."
+    "Predictions a second on two threads from relaxed weights, gradient included; the Gaussian process also beside its plain formula."
     torch.set_num_threads(2)
     space, rng = nb201_space(in_shape=(1, 8, 8), C=4, stages=1, cells=1), np.random.default_rng(0)
     cells = [space.sample(rng) for _ in range(300)]
     y = [1 + len(g.canonical().cells[0].edges)**1.5*rng.uniform(.98, 1.02) for g in cells]
-    for kind in ('table', 'table+gp', 'table+mlp'):
-        fit = fit_predictor(space, cells, y, kind=kind, steps=20)
-        w, times = torch.randn(2048, 6, 5).softmax(-1).requires_grad_(), []
-        for _ in range(5 if quick else 60):
+    fits = {kind: fit_predictor(space, cells, y, kind=kind, steps=20) for kind in ('table', 'table+gp', 'table+mlp')}
+    w, runs = torch.randn(2048, 6, 5).softmax(-1).requires_grad_(), {k: (fit.model, fit.meta['graph']) for k, fit in fits.items()}
+    runs['plain'] = copy.deepcopy(runs['table+gp'][0]), True
+    gp = runs['plain'][0].part
+    gp.forward = lambda x: (gp.bias + gp.kernel(x) @ gp.alpha.double()).to(x.dtype)
+    times = {k: [] for k in runs}
+    for _ in range(5 if quick else 60):                                     # interleaved: all meet the same machine
+        for name, (model, graph) in runs.items():
             start = time.perf_counter()
-            torch.autograd.grad(fit.model(feature_vector(space, {'cell': w}, fit.meta['live'], fit.meta['graph'])).sum(), w)
-            times.append(time.perf_counter() - start)
-        rate = len(w)/np.median(times)
-        yield dict(name=f'speed/{kind}', ours=rate, peer=2e5, ratio=rate/2e5, unit='predictions/s', n=len(times))
+            torch.autograd.grad(model(feature_vector(space, {'cell': w}, True, graph)).sum(), w)
+            times[name].append(time.perf_counter() - start)
+    rate = {k: len(w)/np.median(t) for k, t in times.items()}
+    rows = [(f'speed/{kind}', rate[kind], 2e5) for kind in fits]
+    for name, ours, peer in [*rows, ('speed/table+gp against its plain formula', rate['table+gp'], rate['plain'])]:
+        yield dict(name=name, ours=ours, peer=peer, ratio=ours/peer, unit='predictions/s', n=len(times['plain']))
 
 def machine(networks, rounds):
     "`networks` measured here twice: held-out error of the predictor over five splits, and what two measurements of one network differ by."
@@ -169,16 +186,18 @@ def machine(networks, rounds):
     cells = [space.from_str(s) for s in a['genotype']]
     fits = [fit_predictor(space, cells, first, seed=s, conditions=a.attrs['conditions']) for s in range(5)]
     twice = float(np.abs(again/first - 1).mean())
-    yield dict(name='machine/held-out', ours=float(np.mean([f.mean_rel_err for f in fits])), peer=.05, ratio=.05/float(np.mean([f.mean_rel_err for f in fits])),
-               unit='relative error', n=networks, linear=float(np.mean([f.linear_mean_rel_err for f in fits])), spearman=float(np.mean([f.spearman for f in fits])), kind=fits[0].meta['kind'])
+    error, linear, rank = (float(np.mean([getattr(f, k) for f in fits])) for k in ('mean_rel_err', 'linear_mean_rel_err', 'spearman'))
+    yield dict(name='machine/held-out', ours=error, peer=.05, ratio=.05/error, unit='relative error', n=networks, linear=linear,
+               spearman=rank, kind=fits[0].meta['kind'])
     yield dict(name='machine/two measurements', ours=twice, unit='relative difference', n=networks, floor=twice/2**.5)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--quick', action='store_true'); parser.add_argument('--json', action='store_true')
-    parser.add_argument('--table', nargs='+', choices=[*SIZES, 'speed', 'machine'], default=['nb201', 'curve', 'full', 'fbnet', 'ofa', 'hat', 'speed'])
-    parser.add_argument('--seeds', type=int, default=5); parser.add_argument('--devices', nargs='+'); parser.add_argument('--sizes', nargs='+', type=int)
-    parser.add_argument('--first', type=int, default=0, help='first seed'); parser.add_argument('--networks', type=int, default=300, help='of --table machine')
+    parser.add_argument('--table', nargs='+', choices=[*SIZES, 'speed', 'machine'], default=[*SIZES, 'speed'])
+    parser.add_argument('--seeds', type=int, default=5); parser.add_argument('--first', type=int, default=0, help='first seed')
+    parser.add_argument('--devices', nargs='+'); parser.add_argument('--sizes', nargs='+', type=int)
+    parser.add_argument('--networks', type=int, default=300, help='of --table machine')
     args = parser.parse_args()
     home = data_home()
     quick = dict(nb201=('gold_6226', 'raspi4'), fbnet=('gold_6240',), ofa=('v100_64',), hat=('wmt14ende_gpu_titanxp',))
@@ -189,10 +208,12 @@ def main():
         elif args.quick and table not in quick: continue
         else:
             torch.set_num_threads(1)
-            rows = summary(compute(table, quick[table] if args.quick else args.devices, range(1) if args.quick else range(args.first, args.first + args.seeds),
-                                   (300,) if args.quick else args.sizes or SIZES[table], home, keep=not args.quick))
+            seeds = range(1) if args.quick else range(args.first, args.first + args.seeds)
+            devices = quick[table] if args.quick else args.devices
+            rows = summary(compute(table, devices, seeds, (300,) if args.quick else args.sizes or SIZES[table], home, keep=not args.quick))
         for row in rows:
             row = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()}
-            print(json.dumps(row) if args.json else '  '.join(f'{k} {v}' if k != 'name' else f'{v:<42}' for k, v in row.items()), flush=True)
+            text = '  '.join(f'{k} {v}' if k != 'name' else f'{v:<42}' for k, v in row.items())
+            print(json.dumps(row) if args.json else text, flush=True)
 
 if __name__ == '__main__': main()

@@ -16,34 +16,52 @@ LIVE = (True, 'read', False)
 def _check_live(live):
     if live not in LIVE: raise ValueError(f"live={live!r}: allowed are True, 'read' and False")
 
-def _reach(w, edges, inputs, outputs, none, fed=True):
-    """`(forward, backward)`: node -> probability [...] that it is reached from an input (1 everywhere
-    without `fed`) and that it reaches an output."""
-    there = 1 - w[..., none] if none is not None else torch.ones_like(w[..., 0])
+def _rows_first(w):
+    "Weights [..., rows, n_ops] as [rows, n_ops, ...]: what follows is elementwise, and runs along the networks in memory."
+    return w.movedim((-2, -1), (0, 1)).contiguous()
+
+def _reach(there, edges, inputs, outputs):
+    """`(forward, backward)`: node -> probability [...] that it is reached from an input and that it reaches an output, where edge e is
+    there with probability there[e] [...]."""
     nodes = range(1 + max(t for _, t in edges))
-    one, zero = torch.ones_like(there[..., 0]), torch.zeros_like(there[..., 0])
-    miss_f, miss_b = {j: one for j in nodes}, {j: one for j in nodes}
-    forward, backward = {j: one if j < inputs or not fed else zero for j in nodes}, {j: one if j in outputs else zero for j in nodes}
+    one, zero = torch.ones_like(there[0]), torch.zeros_like(there[0])
+    miss_f, miss_b = {}, {}
+    forward, backward = {j: one if j < inputs else zero for j in nodes}, {j: one if j in outputs else zero for j in nodes}
     for row in sorted(range(len(edges)), key=lambda r: edges[r][1]):        # sources are settled before their targets
         s, t = edges[row]
-        miss_f[t] = miss_f[t]*(1 - there[..., row]*forward[s])
-        if fed and t >= inputs: forward[t] = 1 - miss_f[t]
+        if t < inputs: continue
+        miss = 1 - (there[row] if s < inputs else there[row]*forward[s])
+        miss_f[t] = miss_f[t]*miss if t in miss_f else miss
+        forward[t] = 1 - miss_f[t]
     for row in sorted(range(len(edges)), key=lambda r: -edges[r][0]):       # and targets before their sources
         s, t = edges[row]
-        miss_b[s] = miss_b[s]*(1 - there[..., row]*backward[t])
-        if s not in outputs: backward[s] = 1 - miss_b[s]
+        if s in outputs: continue
+        miss = 1 - (there[row] if t in outputs else there[row]*backward[t])
+        miss_b[s] = miss_b[s]*miss if s in miss_b else miss
+        backward[s] = 1 - miss_b[s]
     return forward, backward
 
-def _rows(space, W, group, live):
-    "Weights [..., rows, n_ops] of `group` under the reading `live`."
-    w, edges, own = W[group], space.groups[group], space.candidates[group]
-    if not live: return w
+def _read(space, w, group, live):
+    """`(x, run, connected)` of weights w [rows, n_ops, ...] of `group` under the reading `live`: what counts as running of them; the same
+    without 'none'; and the probability [...] that some output is reached from an input."""
+    edges, own, (inputs, outputs) = space.groups[group], space.candidates[group], space.ends[group]
     none = own.index(NONE) if NONE in own else None
-    forward, backward = _reach(w, edges, *space.ends[group], none, live is True)
-    w = w*torch.stack([forward[s]*backward[t] for s, t in edges], -1)[..., None]
-    if none is None: return w
-    rest = 1 - torch.cat([w[..., :none], w[..., none + 1:]], -1).sum(-1, keepdim=True)
-    return torch.cat([w[..., :none], rest, w[..., none + 1:]], -1)
+    sizes = [len(own)] if none is None else [none, 1, len(own) - none - 1]
+    parts = w.split(sizes, 1)
+    run = w if none is None else torch.cat([parts[0], parts[2]], 1)
+    there = (torch.ones_like(w[:, 0]) if none is None else 1 - parts[1].squeeze(1)).unbind(0)
+    forward, backward = _reach(there, edges, inputs, outputs)
+    miss = 1.
+    for o in outputs: miss = miss*(1 - forward[o])
+    if not live: return w, run, 1 - miss
+    run = run*torch.stack([forward[s]*backward[t] if live is True else backward[t] for s, t in edges])[:, None]
+    if none is None: return run, run, 1 - miss
+    before, after = run.split([none, len(own) - none - 1], 1)
+    return torch.cat([before, 1 - run.sum(1, keepdim=True), after], 1), run, 1 - miss
+
+def _joined(parts):
+    "Features [k, ...] behind one another, as [..., sum of k]."
+    return torch.cat(parts).movedim(0, -1).contiguous()
 
 # %% ../../nbs/cost/encoding.ipynb #0fd887f9
 def encode(space, W, live=True):
@@ -54,7 +72,7 @@ def encode(space, W, live=True):
     that reach no output do; False, the weights as they are. ValueError for another."""
     _check_live(live)
     if isinstance(W, Genotype): W = space.one_hot(W)
-    return torch.cat([_rows(space, W, group, live).flatten(-2) for group in space.groups], -1)
+    return _joined([_read(space, _rows_first(W[group]), group, live)[0].flatten(0, 1) for group in space.groups])
 
 def genotype_weights(space, genotypes):
     "One-hot weights of `genotypes` (n of them) at once: group -> [n, rows, n_ops] float32. Errors as `space.indices`."
@@ -69,44 +87,62 @@ def every_weights(space):
     return {group: torch.eye(k)[rows]}
 
 # %% ../../nbs/cost/encoding.ipynb #bd1ce33c
-def _path_counts(x, edges, inputs, outputs):
+def _path_counts(run, edges, inputs, outputs):
     """`(forward, backward, depth)`: node -> expected number of paths from an input, to an output, and the longest path;
-    x [..., rows, ops] without 'none'."""
-    there, nodes = x.sum(-1), range(1 + max(t for _, t in edges))
-    one, zero = torch.ones_like(there[..., 0]), torch.zeros_like(there[..., 0])
+    run [rows, ops, ...] without 'none'."""
+    there, nodes = run.sum(1).unbind(0), range(1 + max(t for _, t in edges))
+    one, zero = torch.ones_like(there[0]), torch.zeros_like(there[0])
     forward, backward, depth = ({j: one if j < inputs else zero for j in nodes}, {j: one if j in outputs else zero for j in nodes},
                                 {j: zero for j in nodes})
+    def add(total, new): return new if total is zero else total + new
     for row in sorted(range(len(edges)), key=lambda r: edges[r][1]):
         s, t = edges[row]
-        forward[t] = forward[t] + forward[s]*there[..., row]
-        depth[t] = torch.maximum(depth[t], (depth[s] + 1)*there[..., row])
+        if forward[s] is not zero: forward[t] = add(forward[t], there[row] if forward[s] is one else there[row]*forward[s])
+        longer = there[row] if depth[s] is zero else (depth[s] + 1)*there[row]
+        depth[t] = longer if depth[t] is zero else torch.maximum(depth[t], longer)
     for row in sorted(range(len(edges)), key=lambda r: -edges[r][0]):
         s, t = edges[row]
-        backward[s] = backward[s] + there[..., row]*backward[t]
+        if backward[t] is not zero: backward[s] = add(backward[s], there[row] if backward[t] is one else there[row]*backward[t])
     return forward, backward, depth
 
 def _pairs(x, edges):
-    "Expected numbers [..., ops·ops] and [..., ops·(ops + 1)/2] of operations in series and in parallel; x [..., rows, ops]."
-    k, series, parallel = x.shape[-1], 0., 0.
-    for i, (s, t) in enumerate(edges):
-        for j, (u, v) in enumerate(edges):
-            if t == u: series = series + x[..., i, :, None]*x[..., j, None, :]
-            if t == v and i != j: parallel = parallel + x[..., i, :, None]*x[..., j, None, :]
-    upper = torch.triu_indices(k, k)
-    zero = torch.zeros_like(x[..., 0, :, None]*x[..., 0, None, :])
-    return [(zero + series).flatten(-2), (zero + parallel)[..., upper[0], upper[1]]]
+    """Expected numbers [ops·ops, ...] and [ops·(ops + 1)/2, ...] of operations in series and in parallel; x [rows, ops, ...].
+
+    Pairs meet in a node: in series are all that enter it with all that leave it, in parallel each that enters with those before it."""
+    k = x.shape[1]
+    nothing, entering, leaving = x.new_zeros(k, k, *x.shape[2:]), {}, {}
+    series = parallel = nothing
+    for (s, t), row in zip(edges, x.unbind(0)):
+        if t in entering: parallel = parallel + entering[t][:, None]*row
+        entering[t] = entering[t] + row if t in entering else row
+        leaving[s] = leaving[s] + row if s in leaving else row
+    for node in (v for v in entering if v in leaving): series = series + entering[node][:, None]*leaving[node]
+    i, j = torch.triu_indices(k, k, device=x.device)
+    both = parallel + parallel.transpose(0, 1)
+    return [series.flatten(0, 1), both.flatten(0, 1).index_select(0, i*k + j)]
 
 # %% ../../nbs/cost/encoding.ipynb #c0166a37
+def _connected(read):
+    "Probability [...] that all groups of `read`, group -> what `_read` returns, are connected."
+    total = 1.
+    for _, _, connected in read.values(): total = total*connected
+    return total
+
 def connection(space, W):
     "Probability [...] that in every group some output is reached from an input; exactly 0 or 1 for a network."
-    total = 1.
+    return _connected({group: _read(space, _rows_first(W[group]), group, False) for group in space.groups})
+
+def _graph_parts(space, read):
+    "The parts [k, ...] of `graph_features`, from group -> what `_read` returns."
+    parts = [_connected(read)[None]]
     for group, edges in space.groups.items():
-        own, (inputs, outputs) = space.candidates[group], space.ends[group]
-        forward, _ = _reach(W[group], edges, inputs, outputs, own.index(NONE) if NONE in own else None)
-        miss = 1.
-        for o in outputs: miss = miss*(1 - forward[o])
-        total = total*(1 - miss)
-    return total
+        if len(edges) < 2: continue
+        run, (inputs, outputs) = read[group][1], space.ends[group]
+        forward, backward, depth = _path_counts(run, edges, inputs, outputs)
+        on_paths = torch.stack([forward[s]*backward[t] for s, t in edges])[:, None]*run
+        parts += [run.sum(0), on_paths.sum(0), sum(forward[o] for o in outputs)[None], *_pairs(run, edges),
+                  torch.stack([depth[o] for o in outputs]).amax(0, keepdim=True)]
+    return parts
 
 def graph_features(space, W, live=True):
     """Numbers [..., k] that are equal for isomorphic cells: `connection`, then for every group with more than
@@ -116,23 +152,16 @@ def graph_features(space, W, live=True):
     `live`: which operations run, as in `encode`. W may be a genotype."""
     _check_live(live)
     if isinstance(W, Genotype): W = space.one_hot(W)
-    parts = [connection(space, W)[..., None]]
-    for group, edges in space.groups.items():
-        if len(edges) < 2: continue
-        kept = [i for i, name in enumerate(space.candidates[group]) if name != NONE]
-        x, (inputs, outputs) = _rows(space, W, group, live)[..., kept], space.ends[group]
-        forward, backward, depth = _path_counts(x, edges, inputs, outputs)
-        on_paths = torch.stack([forward[s]*backward[t] for s, t in edges], -1)[..., None]*x
-        parts += [x.sum(-2), on_paths.sum(-2), sum(forward[o] for o in outputs)[..., None], *_pairs(x, edges),
-                  torch.stack([depth[o] for o in outputs], -1).amax(-1, keepdim=True)]
-    return torch.cat(parts, -1)
+    return _joined(_graph_parts(space, {group: _read(space, _rows_first(W[group]), group, live) for group in space.groups}))
 
 # %% ../../nbs/cost/encoding.ipynb #45796984
 def feature_vector(space, W, live=True, graph=True):
     """[..., D]: `encode`, then `connection` or, with `graph`, `graph_features` (which begins with it).
     W a genotype or group -> [..., rows, n_ops]."""
+    _check_live(live)
     if isinstance(W, Genotype): W = space.one_hot(W)
-    return torch.cat([encode(space, W, live), graph_features(space, W, live) if graph else connection(space, W)[..., None]], -1)
+    read = {group: _read(space, _rows_first(W[group]), group, live) for group in space.groups}
+    return _joined([*(x.flatten(0, 1) for x, _, _ in read.values()), *(_graph_parts(space, read) if graph else [_connected(read)[None]])])
 
 def table_columns(space, live=True, graph=True):
     """`(timed, base)` for `feature_vector`: bool [D], the columns of a table of times (operations but 'none');

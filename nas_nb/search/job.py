@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..core.data import load_task
 from ..core.progress import bar
 from ..core.run import RunFolder, check_device, check_whole, environment, threads
-from ..cost.collect import sample_and_measure
+from ..cost.collect import sample_and_measure, space_key
 from ..cost.core import parse_quantity
 from ..cost.measure import measure
 from ..cost.predictor import PredictorCost, fit_predictor, load_fit
@@ -152,7 +152,8 @@ def predictor(self: Job):
         fit.save(file)
         return fit.summary()
     self.stage('predict', work)
-    return load_fit(file).require(batch=c.batch, threads=c.threads, device=c.device, in_shape=list(self.space.in_shape))
+    here = dict(space=space_key(self.space), backend='eager', threads=c.threads, batch=c.batch, device=str(self.device))
+    return load_fit(file).require(**here, in_shape=list(self.space.in_shape))
 
 # %% ../../nbs/search/job.ipynb #54409676
 RECIPE = SearchRecipe(w_lr=0.05, a_lr=0.1)
