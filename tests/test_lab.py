@@ -1,5 +1,6 @@
-"""A reader's session in JupyterLab: open a notebook, run every cell, move every widget and see its picture change."""
-import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
+"""A reader's session in JupyterLab: run the tour from top to bottom; in every notebook with widgets, run what they need, move each of them
+and see its picture change."""
+import ast, json, os, re, shutil, socket, subprocess, symtable, sys, time, urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -11,12 +12,47 @@ TOKEN = 'test'
 TOUR = 'study/tour.ipynb'
 SECONDS = float(os.environ.get('NAS_NB_LAB_SECONDS', 420))      # the longest a notebook may take in JupyterLab
 
+WIDGET = re.compile(r'\b(explore|interact|interactive|interactive_output|\w+Slider|ToggleButtons|Dropdown)\(')
+SKIPPED = re.compile(r'^\s*#\s*\|\s*(slow|cuda|notest|eval:\s*false)', re.M)
+
+def names(source):
+    "`(bound, changed, used)`: names that a cell binds; names of things that it changes in part or calls a method of; names that it reads."
+    table, tree = symtable.symtable(source, 'cell', 'exec'), ast.parse(source)
+    scopes = [table]
+    for scope in scopes: scopes += scope.get_children()
+    bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
+    used = {s.get_name() for scope in scopes for s in scope.get_symbols() if s.is_referenced() and (scope is table or s.is_global())}
+    changed = {n.id for f in tree.body if isinstance(f, ast.FunctionDef) and f.decorator_list
+               for n in ast.walk(f.args) if isinstance(n, ast.Name)}
+    for node in ast.walk(tree):                                 # a patched class, a part that is set, a method called for itself
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call): node = node.value.func
+        elif not isinstance(getattr(node, 'ctx', None), ast.Store): continue
+        if isinstance(node, ast.Name): continue
+        while isinstance(node, (ast.Attribute, ast.Subscript)): node = node.value
+        if isinstance(node, ast.Name): changed.add(node.id)
+    return bound, changed, used
+
+def needed(sources):
+    "Which of the cells must run for those with widgets to show them: these, and backwards every cell that makes what a later one uses."
+    keep, wanted = set(), set()
+    for i in reversed(range(len(sources))):
+        bound, changed, used = names(sources[i])
+        if WIDGET.search(sources[i]) or (bound | changed) & wanted:
+            keep.add(i)
+            wanted = wanted - bound | used
+    return keep
+
+def test_cells_that_a_widget_needs():
+    sources = ['import numpy as np', 'a, rows = 1, []', 'rows.append(a)', 'b = 2', 'def f(b): return b + rows[0]', 'print(b)',
+               'explore(lambda figure, n: f(n))', 'rows = None']
+    assert needed(sources) == {1, 2, 4, 6}
+
 def with_widgets():
     found = []
     for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
         if '.ipynb_checkpoints' in path.parts: continue
         code = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-        if any(re.search(r'\b(explore|interact|interactive|interactive_output|\w+Slider|ToggleButtons|Dropdown)\(', c) for c in code):
+        if any(map(WIDGET.search, code)):
             found.append(path.relative_to(ROOT/'nbs').as_posix())
     return found
 
@@ -29,10 +65,13 @@ def lab(tmp_path_factory):
     # what the tests of the notebooks skip is skipped here, and no stored output can pass for a new one
     for path in (folder/'nbs').rglob('*.ipynb'):
         nb = json.loads(path.read_text(encoding='utf-8'))
-        for cell in nb['cells']:
-            if cell['cell_type'] != 'code': continue
-            cell['outputs'], cell['execution_count'] = [], None
-            if re.search(r'^\s*#\s*\|\s*(slow|cuda|notest|eval:\s*false)', ''.join(cell['source']), re.M): cell['source'] = 'pass'
+        code = [cell for cell in nb['cells'] if cell['cell_type'] == 'code']
+        for cell in code:
+            cell['outputs'], cell['execution_count'], cell['source'] = [], None, ''.join(cell['source'])
+            if SKIPPED.search(cell['source']): cell['source'] = 'pass'
+        if path != folder/'nbs'/TOUR and any(WIDGET.search(cell['source']) for cell in code):
+            keep = needed([cell['source'] for cell in code])
+            for i, cell in enumerate(code): cell['source'] = cell['source'] if i in keep else 'pass'
         nb['metadata'].pop('widgets', None)
         path.write_text(json.dumps(nb), encoding='utf-8')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
