@@ -7,13 +7,15 @@ faster or smaller. Where the tutorial's two Jacobians do not fit `--room` GB its
 start of the call, each side in a process of its own. Operations are those of `ntk_flops`, and their share of the speed of a matrix product measured
 in the same run. TorchNTK's two methods are written anew from its published source: its explicit one leaves out the biases. neural-tangents needs an environment
 of its own (`pip install neural-tangents==0.6.5 jax==0.4.25 jaxlib==0.4.25 'numpy<2' 'scipy<1.13'`), whose Python `--neural-tangents` names; it answers from there
-when asked, in turns with ours. `--quick` ends in a minute, with fewer samples."""
+when asked, in turns with ours. Rows `many_*` set `ntk_many` against a loop over `ntk`, for narrow networks of NAS-Bench-201, 16 samples, summed over outputs.
+`--quick` ends in a minute, with fewer samples."""
 import argparse, json, math, os, subprocess, sys, tempfile, time
 import numpy as np, torch
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 from nas_nb.lens.ntk import ntk
-from nas_nb.lens.ntk_cost import ntk_flops
+from nas_nb.lens.ntk_cost import ntk_flops, ntk_many
+from nas_nb.space.cells import nb201_space
 
 def mlp(): return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 def conv():
@@ -144,6 +146,13 @@ def measure_peak(who, name, n, outputs):
     ntk(model, x, outputs=outputs) if who == 'ours' else tutorial(model, x, x)
     print(status('VmHWM') - before)
 
+def many(same, count=20):
+    "Narrow NAS-Bench-201 networks on 16 small images: `count` initialisations of one cell, or as many random cells."
+    space, generator = nb201_space(in_shape=(3, 16, 16), C=4, cells=1), np.random.default_rng(0)
+    cells = [space.sample(generator) for _ in range(count)]
+    torch.manual_seed(0)
+    return [space.build(cells[0] if same else g, i).eval() for i, g in enumerate(cells)], torch.randn(16, 3, 16, 16)
+
 def rows(args):
     peak_speed = product_speed()
     yield dict(name='matrix_product_peak', ours=peak_speed/1e6, unit='GFLOP/s', n=20)
@@ -170,6 +179,11 @@ def rows(args):
     yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
     a, b = (peak(who, 'conv', 64, args.threads) for who in ('ours', 'peer'))
     yield dict(name='conv_16_32_64_n64_peak', ours=a, peer=b, ratio=b/a, unit='MB', n=1)
+    for same in (True, False):
+        models, x = many(same, 6 if args.quick else 20)
+        ours, peer, off = alternate(lambda: ntk_many(models, x, 'trace'), lambda: torch.stack([ntk(m, x, outputs='trace') for m in models]), 3, 3)
+        yield dict(name=f'many_{len(models)}_{"draws_of_a_cell" if same else "random_cells"}', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=3, difference=off,
+                   note='peer: a loop over ntk')
     for name, k in (('mlp', 6), ('conv', 6)):
         model, x = make(name, k, torch.float64)
         got, want = ntk(model, x), tutorial(model, x, x)

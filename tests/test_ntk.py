@@ -1,5 +1,5 @@
 """The tangent kernel as a package: many random architectures against torch.func, memory that is kept, nothing left behind, other processes' habits."""
-import math, os, subprocess, sys
+import copy, math, os, subprocess, sys
 import pytest, torch, torch.utils.checkpoint
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
@@ -54,6 +54,82 @@ def test_random_networks(seed):
     assert ntk_trace(model, x) == pytest.approx(float(torch.einsum('nnoo->', ntk(model, x))), rel=1e-10)
     v = torch.randn(len(z), want.shape[-1], dtype=torch.float64)
     torch.testing.assert_close(ntk_matvec(model, x, v, z), torch.einsum('nmop,mp->no', want, v), rtol=1e-9, atol=1e-9*scale)
+
+def dense(*layers): return nn.Sequential(*layers).double()
+
+def apart(model):
+    "A copy in which nothing is overwritten, for autograd, which refuses some of it."
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if hasattr(m, 'inplace'): m.inplace = False
+    return model
+
+ONE_OUTPUT = {
+    'relu': lambda: dense(nn.Linear(5, 16), nn.ReLU(inplace=True), nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 1)),
+    'nested, no biases': lambda: dense(nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh()), nn.Linear(8, 6, bias=False), nn.GELU(), nn.Linear(6, 1, bias=False)),
+    'one layer': lambda: dense(nn.Linear(5, 1)),
+    'no slope between': lambda: dense(nn.Linear(5, 4), nn.Linear(4, 3), nn.Identity(), nn.Dropout(.0), nn.Linear(3, 1)),
+    'slopes upon slopes': lambda: dense(nn.Linear(5, 6), nn.Tanh(), nn.Hardtanh(.1, .6, inplace=True), nn.ELU(inplace=True), nn.Linear(6, 1)),
+    'slope first': lambda: dense(nn.Tanh(), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 1))}
+
+@pytest.mark.parametrize('frozen', ['', '0.weight', '0.bias', '2.'])
+@pytest.mark.parametrize('kind', ONE_OUTPUT)
+def test_dense_stacks_with_one_output(kind, frozen):
+    "The short way for them against Jacobians and against the general way, all kinds of output, one and several strips, nothing changed."
+    torch.manual_seed(0)
+    model = ONE_OUTPUT[kind]()
+    if frozen:
+        for k, p in model.named_parameters(): p.requires_grad_(not k.startswith(frozen))
+    if not any(p.requires_grad for p in model.parameters()): pytest.skip('nothing left to train')
+    x, z = torch.randn(140, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    before = x.clone()
+    for a, b in ((x, None), (z, None), (x, z), (z, x)):
+        want = by_jacobian(apart(model), a, a if b is None else b)
+        scale = float(want.abs().max()) + 1e-300
+        for outputs, w in (('full', want), ('diag', want[..., 0]), ('trace', want[..., 0, 0])):
+            got = ntk(model, a, b, outputs)
+            assert got.shape == w.shape and not got.requires_grad and (got - w).abs().max() <= 1e-11*scale
+        assert (sum(ntk(model, a, b, layers=True).values()) - want).abs().max() <= 1e-11*scale
+        try: assert (ntk(model, a, b, memory=40_000) - want).abs().max() <= 1e-11*scale
+        except ValueError as e: assert 'needs at least' in str(e)
+    assert torch.equal(x, before)
+    single = ntk(model.float(), x.float(), outputs='trace').double()
+    want = by_jacobian(apart(model.double()), x, x)[..., 0, 0]
+    assert (single - want).abs().max() <= 1e-5*float(want.abs().max())
+
+def test_dense_stacks_with_one_output_answer_bad_input():
+    model, x = ONE_OUTPUT['relu'](), torch.randn(4, 5, dtype=torch.float64)
+    bad = x.clone(); bad[2] = math.nan
+    with pytest.raises(ValueError, match='sample 2 of x1'): ntk(model, bad)
+    with pytest.raises(ValueError, match='sample 2 of x2'): ntk(model, x, bad)
+    with pytest.raises(ValueError, match='random in train mode'): ntk(nn.Sequential(model, nn.Dropout(.5), nn.Linear(1, 1).double()), x)
+    before = ntk(model, x)
+    model[2].register_forward_hook(lambda m, args, h: 2*h)              # no longer what it seems
+    assert (ntk(model, x) - by_jacobian(model, x, x)).abs().max() <= 1e-11*before.abs().max() and not torch.allclose(ntk(model, x), before)
+
+STACKS = {
+    'pools': (lambda: (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, stride=2, padding=(1, 2), groups=2),
+                       nn.AvgPool2d((2, 3)), nn.Flatten(), nn.Linear(4, 2)), (2, 9, 9)),
+    'norms': (lambda: (nn.Conv2d(2, 4, 3, dilation=2), nn.BatchNorm2d(4, affine=False), nn.Hardswish(inplace=True), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1),
+                       nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)), (2, 8, 8)),
+    'positions stay': (lambda: (nn.Conv1d(2, 4, 3, padding='same'), nn.Tanh(), nn.ELU(inplace=True), nn.Conv1d(4, 2, 2, padding_mode='circular', padding=1)), (2, 6)),
+    'three dimensions': (lambda: (nn.Conv3d(1, 3, 2, stride=2), nn.BatchNorm3d(3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 2)), (1, 5, 4, 4))}
+
+@pytest.mark.parametrize('kind', STACKS)
+def test_back_through_every_layer(kind):
+    "The loop through a plain stack against Jacobians: pools, norms, every kind of convolution, layers that overwrite."
+    torch.manual_seed(0)
+    layers, shape = STACKS[kind]
+    model = dense(*layers()).eval()
+    for m in model:
+        if getattr(m, 'running_var', None) is not None: m.running_var.uniform_(.5, 2); m.running_mean.normal_()
+    x, z = torch.randn(5, *shape, dtype=torch.float64), torch.randn(3, *shape, dtype=torch.float64)
+    assert FactorPlan(model, x).chain
+    for other in (None, z):
+        want = by_jacobian(apart(model), x, x if other is None else other)
+        for memory in (2**30, 150_000):
+            try: assert (ntk(model, x, other, memory=memory) - want).abs().max() <= 1e-11*float(want.abs().max())
+            except ValueError as e: assert memory == 150_000 and 'needs at least' in str(e)
 
 @pytest.mark.parametrize('batch', [1, 2, 3, 7])
 def test_few_samples(batch):

@@ -1,10 +1,11 @@
 """Score cells of NAS-Bench-201 without training, in small networks and some in full size: nbs/lens/proxy_nb201.csv, proxy_nb201_full.csv.
 
-    python tools/make_proxy_nb201.py [--cells 725] [--full 60]      about 0.6 s a cell on one core, 5 s in full size; rows that are there are kept
+    python tools/make_proxy_nb201.py [--cells 725] [--full 60] [--draws 60]     0.6 s a cell on one core, 5 s in full size; rows that are there are kept
 
 The cells are those of the published table of proxies (nb201_zero_cost.npz) in an order drawn with seed 0; `cell` is the row of
 nasbench201.npz. Batch: the first 32 images of cifar10_exact4k.npz. Small: 8 channels, one cell a stage; `entropy` and `n_layers` are
-VKDNW's on 16 noise images of 16 x 16, seed 0; `jacov_again` has other weights (seed 1) and the next 32 images. Networks hold all edges, also dead ones, as those of the tables do."""
+VKDNW's on 16 noise images of 16 x 16, seed 0; `jacov_again` has other weights (seed 1) and the next 32 images. Networks hold all edges, also dead ones, as those of the tables do.
+proxy_nb201_draws.csv has the Jacobian covariance of full networks four times more: `jacov_i` has weights of seed i and the images from 32*i on."""
 import argparse, csv
 from pathlib import Path
 import numpy as np
@@ -41,12 +42,18 @@ def one(cell, space, proxies, small):
     again = dict(jacov_again=score(['jacov'], batch(start=32), 1)['jacov'], **knowledge(g)) if small else {}
     return dict(cell=cell, **score(proxies, batch(), 0), **again)
 
-def fill(path, cells, *how):
+def draws(cell, space, count=4):
+    "The Jacobian covariance of one cell with other weights and other images, `count` times."
+    g = space.from_str(np.load(data_home()/'nasbench201.npz')['arch'][cell].decode())
+    build = lambda g, seed: space.build(g, seed, live=False)
+    return dict(cell=cell, **{f'jacov_{i}': score_networks(build, [g], *batch(start=32*i), ['jacov'], (i,)).jacov[0] for i in range(1, count + 1)})
+
+def fill(path, cells, *how, row_of=one):
     "Add the rows that the table at `path` lacks, written as they come."
     done = {int(r['cell']) for r in csv.DictReader(path.open())} if path.exists() else set()
     for cell in cells:
         if int(cell) in done: continue
-        row = {k: v if k == 'cell' else f'{v:.7g}' for k, v in one(int(cell), *how).items()}
+        row = {k: v if k == 'cell' else f'{v:.7g}' for k, v in row_of(int(cell), *how).items()}
         new = not path.exists()
         with path.open('a', newline='') as f:
             writer = csv.DictWriter(f, row, lineterminator='\n')
@@ -57,7 +64,9 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser()
     parser.add_argument('--cells', type=int, default=725)
     parser.add_argument('--full', type=int, default=60)
+    parser.add_argument('--draws', type=int, default=60)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     fill(WHERE/'proxy_nb201_full.csv', order()[:asked.full], nb201_space(), FULL, False)
+    fill(WHERE/'proxy_nb201_draws.csv', order()[:asked.draws], nb201_space(), row_of=draws)
     fill(WHERE/'proxy_nb201.csv', order()[:asked.cells], nb201_space(C=8, cells=1), SMALL, True)

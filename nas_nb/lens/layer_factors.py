@@ -8,7 +8,7 @@ __all__ = ['RULES', 'Outer', 'patches', 'trainable', 'check_model', 'check_input
 
 # %% ../../nbs/lens/layer_factors.ipynb #514dee9f
 import math, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 import torch
@@ -37,17 +37,20 @@ class Outer:
         "(G, S, K, C): groups, positions, inputs and outputs of one matrix."
         return (*self.d.shape[2:4], self.rows or self.u.shape[-1], self.d.shape[4])
 
-    def gradient(self, channels=slice(None), out=None):
-        "The gradients [O, N, G*C*K], flattened as the weight is; of some of the C channels only, if asked; written into `out` if given."
+    def gradient(self, channels=slice(None), out=None, any_order=False):
+        """The gradients [O, N, G*C*K], flattened as the weight is; of some of the C channels only, if asked; written into `out` if given.
+
+        any_order: inputs before channels where that is the faster product; the same for equal shapes."""
         if out is not None and self.rows: return out.copy_(self.gradient(channels))
         d = self.d[..., channels]
         if self.rows:                                                  # a lookup: add d to the row that was read
             g = d.new_zeros(*d.shape[:2], self.rows, d.shape[-1])
             at = self.u[None, :, 0, :, None].expand(*d.shape[:2], *d.shape[3:])
             return g.scatter_add_(2, at, d[:, :, 0]).flatten(2)
-        shape = *d.shape[:3], d.shape[-1], self.u.shape[-1]
+        turned = any_order and self.shape[3] < self.shape[2]
+        shape = *d.shape[:3], *((self.u.shape[-1], d.shape[-1]) if turned else (d.shape[-1], self.u.shape[-1]))
         out = d.new_empty(shape) if out is None else out.view(shape)
-        for o in range(len(d)): torch.matmul(d[o].mT, self.u, out=out[o])
+        for o in range(len(d)): torch.matmul(*((self.u.mT, d[o]) if turned else (d[o].mT, self.u)), out=out[o])
         return out.flatten(2)
 
     def summed(self, c):
@@ -80,8 +83,8 @@ def _linear(m, a, d):
     d = d.reshape(d.shape[0], n, 1, -1, c)
     return {'weight': Outer(a.reshape(n, 1, -1, m.in_features), d), 'bias': _bias(d)}
 
-def patches(m, a):
-    "What each position of the convolution `m` sees: a [N, C, ...] -> [N, groups, positions, C/groups*kernel]."
+def patches(m, a, ones=False):
+    "What each position of the convolution `m` sees: a [N, C, ...] -> [N, groups, positions, C/groups*kernel], and a 1 if `ones`."
     mode = 'constant' if m.padding_mode == 'zeros' else m.padding_mode
     a = F.pad(a, m._reversed_padding_repeated_twice, mode=mode).contiguous()
     n, c, stride = a.shape[0], a.shape[1]//m.groups, a.stride()
@@ -89,11 +92,18 @@ def patches(m, a):
     out = [(size - r*(q - 1) - 1)//t + 1 for size, q, t, r in zip(a.shape[2:], k, s, dil)]
     view = a.as_strided((n, m.groups, c, *k, *out), (stride[0], c*stride[1], stride[1], *(r*t for r, t in zip(dil, stride[2:])),
                                                    *(q*t for q, t in zip(s, stride[2:]))))
-    return view.reshape(n, m.groups, c*math.prod(k), math.prod(out)).mT
+    u = a.new_empty(n, m.groups, c*math.prod(k) + ones, math.prod(out))
+    u[:, :, :c*math.prod(k)].view(view.shape).copy_(view)
+    if ones: u[:, :, -1] = 1
+    return u.mT
 
 def _conv(m, a, d):
     d = d.reshape(*d.shape[:2], m.groups, m.out_channels//m.groups, -1).mT
-    return {'weight': Outer(patches(m, a), d) if m.weight.requires_grad else None, 'bias': _bias(d)}
+    if not m.weight.requires_grad: return {'weight': None, 'bias': _bias(d)}
+    biased = m.bias is not None and m.bias.requires_grad
+    u = patches(m, a, biased)                                          # the bias's column beside the weight's, so that nobody has to put it there
+    weight = Outer(u[..., :-1] if biased else u, d)
+    return {'weight': weight, 'bias': Outer(u[..., -1:], d, constant=True)} if biased else {'weight': weight}
 
 def _embedding(m, a, d):
     d = d.reshape(*d.shape[:2], 1, -1, m.embedding_dim)
@@ -191,14 +201,15 @@ class _Call:
 _inside = threading.local()
 
 @contextmanager
-def exact_arithmetic(device):
-    "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, attention by its plain formula."
+def exact_arithmetic(device, attention=True):
+    "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, attention, if there may be any, by its plain formula."
     if getattr(_inside, 'kind', None) == device.type and torch.is_grad_enabled(): yield; return      # within one of its own
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     kind, _inside.kind = getattr(_inside, 'kind', None), device.type
     if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH): yield
+        cast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+        with torch.enable_grad(), cast, sdpa_kernel(SDPBackend.MATH) if attention else nullcontext(): yield
     finally:
         _inside.kind = kind
         if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
@@ -254,22 +265,31 @@ def _met(f, calls):
     return met
 
 # %% ../../nbs/lens/layer_factors.ipynb #69e51bc7
+def _channels_last(*ts): return [t.contiguous(memory_format=torch.channels_last) if t.device.type == 'cpu' and t.dim() == 4 else t for t in ts]
+
+def _back(d, w, size, stride, padding, dilation, groups):
+    "What a convolution with weight w, of inputs with positions `size`, passes back for d [B, C, ...]."
+    rest = [(n + 2*p - q*(k - 1) - 1) % s for n, p, q, k, s in zip(size, padding, dilation, w.shape[2:], stride)]
+    return torch.convolution(*_channels_last(d, w), None, stride, padding, dilation, True, rest, groups)
+
+def _ordinary(m, x): return m.padding_mode == 'zeros' and not isinstance(m.padding, str) and x.dim() == m.weight.dim()
+
+# %% ../../nbs/lens/layer_factors.ipynb #e4e8c86c
 class _Convolution(torch.autograd.Function):
     "A convolution of which only the input gradient is ever asked for."
     @staticmethod
-    def forward(ctx, x, w, b, stride, padding, dilation, groups):
-        if x.device.type == 'cpu' and x.dim() == 4: x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-        out = torch.convolution(x, w, b, stride, padding, dilation, False, (0,)*len(stride), groups)
-        rest = [(size + 2*p - d*(k - 1) - 1) % s for size, p, d, k, s in zip(x.shape[2:], padding, dilation, w.shape[2:], stride)]
-        ctx.w, ctx.options = w.detach(), (stride, padding, dilation, True, rest, groups)
-        return out
+    def forward(ctx, x, w, b, *options):
+        x, w = _channels_last(x, w)
+        ctx.w, ctx.size, ctx.options = w.detach(), x.shape[2:], options
+        stride, padding, dilation, groups = options
+        return torch.convolution(x, w, b, stride, padding, dilation, False, (0,)*len(stride), groups)
     @staticmethod
-    def backward(ctx, g): return torch.convolution(g, ctx.w, None, *ctx.options), *(None,)*6
+    def backward(ctx, g): return _back(g, ctx.w, ctx.size, *ctx.options), *(None,)*6
 
 def _folded(m, x, w=None, b=None):
     "The convolution `m` of x, run as above where it is an ordinary one."
     w, b = (m.weight, m.bias) if w is None else (w, b)
-    if m.padding_mode != 'zeros' or isinstance(m.padding, str) or x.dim() != w.dim(): return type(m)._conv_forward(m, x, w, b)
+    if not _ordinary(m, x): return type(m)._conv_forward(m, x, w, b)
     return _Convolution.apply(x, w, b, m.stride, m.padding, m.dilation, m.groups)
 
 @contextmanager
@@ -404,7 +424,6 @@ class PlanChanged(RuntimeError):
 
 def _checked(self, x):
     "Outputs and calls of layers; PlanChanged where they are other ones than the plan was made for."
-    if self.chain: return self._walk(x)
     with _folding(self.model): f, calls = record(self.model, x, self.modules)
     sizes = {n for c in calls if set(self.owners[c.module].values()) & set(self.ruled) for n in (c.a.shape[0], c.shape[0])}
     if [(c.module, c.a.shape[1:], c.shape[1:]) for c in calls] != self.signature or sizes - {len(x)}:
@@ -414,6 +433,7 @@ def _checked(self, x):
     return f, calls
 
 def _factors(self, x, outputs):
+    if self.chain: return self._by_hand(x, outputs)
     f, calls = self._checked(x)
     flat = f.reshape(len(x), -1)
     last = [_is_last(c, f) for c in calls]
@@ -502,14 +522,68 @@ def _proved(self, one):
         if type(before) in _convs and before.out_channels == last.in_features: self.channelwise = set(self.owners.get(before, {}).values())
     return True
 
-# %% ../../nbs/lens/layer_factors.ipynb #9321c2d9
-class _Rectifier(torch.autograd.Function):
-    "A ReLU whose slope is a factor: that is faster for a batch of cotangents."
-    @staticmethod
-    def forward(ctx, x): h = torch.relu(x); ctx.slope = (h > 0).to(h.dtype); return h
-    @staticmethod
-    def backward(ctx, g): return g*ctx.slope
+# %% ../../nbs/lens/layer_factors.ipynb #715e26b6
+def _slope(m, a, h):
+    "The derivative of an elementwise layer from its input a and output h; None where it is 1."
+    if isinstance(m, (nn.Identity, nn.Dropout)): return None
+    if type(m) is nn.ReLU: return torch.sign(h)                        # 0 or 1, in one pass
+    if type(m) is nn.Tanh: return 1 - h*h
+    with torch.enable_grad():
+        a = a.detach().requires_grad_()
+        return torch.autograd.grad(m(a.clone()).sum(), a)[0]
 
+def _pull(m, a, h, d, own):
+    "Sensitivities at the input a of a layer from those at its output h, d [O, N, ...], which may be overwritten if `own`."
+    rows = *d.shape[:2], *a.shape[1:]
+    if isinstance(m, nn.Linear): return d @ m.weight
+    if type(m) in _pointwise:
+        slope = _slope(m, a, h)
+        return d if slope is None else d.mul_(slope) if own else d*slope
+    if type(m) in _convs and _ordinary(m, a):
+        return _back(d.flatten(0, 1), m.weight, a.shape[2:], m.stride, m.padding, m.dilation, m.groups).view(rows)
+    if type(m) in _batchnorms:
+        scale = torch.rsqrt(m.running_var + m.eps)*(1 if m.weight is None else m.weight)
+        return d*scale.view(-1, *(1,)*(a.dim() - 2))
+    if 'AdaptiveAvg' in type(m).__name__ and h[0, 0].numel() == 1: return (d/a[0, 0].numel()).expand(rows)
+    if type(m) is nn.Flatten: return d.reshape(rows)
+    with torch.enable_grad():
+        a = a.detach().requires_grad_()
+        return _sensitivities(m(a), [a], d)[0]
+
+# %% ../../nbs/lens/layer_factors.ipynb #8ba26b17
+def _forward(chain, x):
+    "The layers of a stack one after the other: [(layer, input, output), ...]."
+    steps = []
+    for m in chain:
+        a = x
+        if type(m) is nn.ReLU: x = torch.relu(a)
+        elif type(m) in _convs: x = m.forward(*_channels_last(a))      # nothing is hooked to any of them
+        else: x = m.forward(a.clone() if getattr(m, 'inplace', False) else a)
+        steps.append((m, a, x))
+    return steps
+
+@torch.no_grad()
+def _by_hand(self, x, outputs):
+    "`_factors` of a plain stack."
+    steps, uses = _forward(self.chain, x), {k: [] for k in self.ruled}
+    left, h = len(self.owners), steps[-1][2]
+    d = torch.eye(self.outputs, dtype=h.dtype, device=h.device)[outputs][:, None].expand(-1, len(x), -1).unflatten(2, h.shape[1:] or (1,))
+    d, own, last = d if h.dim() > 1 else d[..., 0], False, h.dim() == 2 and isinstance(self.chain[-1], nn.Linear)
+    for m, a, h in reversed(steps):
+        if m in self.owners:
+            for key, factor in RULES[type(m)](m, a, d).items():
+                if (name := self.owners[m].get(key)) is None: continue
+                if isinstance(factor, Outer): factor.identity = last and outputs == slice(None)
+                uses[name].append(factor)
+            left, own = left - 1, False
+        if not left: break
+        d = m.weight.detach()[outputs][:, None].expand(-1, len(x), -1) if last else _pull(m, a, h, d, own)
+        own, last = not last and (isinstance(m, nn.Linear) or type(m) in _convs or own and type(m) in _pointwise), False
+    return steps[-1][2].reshape(len(x), -1), uses
+
+FactorPlan._by_hand = _by_hand
+
+# %% ../../nbs/lens/layer_factors.ipynb #9321c2d9
 def _sketch(self):
     "Of a plain stack and one sample: the sizes of all tensors between layers, and factors of one output, with zeros for sensitivities."
     sizes, inputs = self.sample
@@ -517,18 +591,6 @@ def _sketch(self):
     return sizes, {name: [factors[key]] for owner, factors in found for key, name in owner.items()}
 
 FactorPlan._proved, FactorPlan._sketch = _proved, _sketch
-
-def _walk(self, x):
-    "What `record` gives, of a plain stack: its layers one after the other."
-    h, calls = x, []
-    for m in self.chain:
-        a, h = h, _folded(m, h) if type(m) in _convs else _Rectifier.apply(h) if type(m) is nn.ReLU and self.outputs > 1 else m(h)
-        if m not in self.owners: continue
-        source = get_gradient_edge(a) if a.requires_grad else None
-        calls.append(_Call(m, a.detach(), a._version, source, get_gradient_edge(h), tuple(h.shape)))
-    return h, calls
-
-FactorPlan._walk = _walk
 
 # %% ../../nbs/lens/layer_factors.ipynb #08f0a482
 def sample_gradients(model, x):

@@ -17,7 +17,9 @@ from matplotlib import pyplot as plt
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
-from .layer_factors import FactorPlan, Outer, PlanChanged, check_input, exact_arithmetic, record, sample_jacobian, trainable
+from torch import nn
+from .layer_factors import (FactorPlan, Outer, PlanChanged, _chain, _forward, _leaves, _pointwise, _pull, check_input, exact_arithmetic, record,
+                                       sample_jacobian, trainable)
 
 # %% ../../nbs/lens/ntk.ipynb #36bfcb38
 _TILE = 256                                                            # rows of a tile: 256 kB in float32, stays in cache
@@ -76,7 +78,7 @@ class _Unit:
 
     def formed(self, out=None):
         "This unit, its gradients made (in `out`) if they are to be."
-        return _Unit(self.names, None, self.outer.gradient(out=out), head=self.head) if self.form else self
+        return _Unit(self.names, None, self.outer.gradient(out=out, any_order=self.head is None), head=self.head) if self.form else self
 
 class _NotAProduct(PlanChanged):
     "Sensitivities that were channelwise on the samples the plan was made on are not on others."
@@ -112,6 +114,10 @@ def _units(plan, uses, n, outputs, split, chosen=slice(None)):
 def _beside(us):
     "Inputs u [N, G, S, k] of several parameters in one tensor, positions running fastest where they do so in the first."
     if len(us) == 1: return us[0]
+    a, b = us[0], us[1]
+    if len(us) == 2 and a.stride() == b.stride() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
+        k = a.shape[3] + b.shape[3]
+        if a.storage_offset() + a.shape[3]*a.stride(3) == b.storage_offset(): return a.as_strided((*a.shape[:3], k), a.stride())    # they are already
     N, G, S, k = *us[0].shape[:3], sum(u.shape[3] for u in us)
     out = us[0].new_empty(N, G, k, S).mT if us[0].mT.is_contiguous() else us[0].new_empty(N, G, S, k)
     for part, u in zip(out.split([u.shape[3] for u in us], 3), us): part.copy_(u)
@@ -170,8 +176,8 @@ def _add_unit(K, U, V, outputs, same, room):
         O, n = U.outer.d.shape[:2]
         step = max(1, int(room//(O*G*k*(n + (0 if same else V.outer.d.shape[1])))))
         for c in range(0, C, step):
-            X = U.outer.gradient(slice(c, c + step))
-            _add(K, X, X if U is V else V.outer.gradient(slice(c, c + step)), None, outputs, same)
+            X = U.outer.gradient(slice(c, c + step), any_order=True)
+            _add(K, X, X if U is V else V.outer.gradient(slice(c, c + step), any_order=True), None, outputs, same)
         return
     if len(U.outer.d) == 1 and outputs != 'trace': K, outputs = K.view(K.shape[1], K.shape[-1]), 'trace'
     for g, s, t in product(range(G), range(S), range(S2)):
@@ -209,7 +215,8 @@ def _sizes(plan, x, n, outputs, split):
     plain = sum(plan.params[k].numel() for k in plan.plain if k not in plan.elsewhere)
     kept = sum(u.gradients.numel()*(1 if u.head is not None else O) for u in units if u.gradients is not None) + sum(o.u.numel() + O*o.d.numel() for o in outers)
     once = sum(saved) + 2*sum(p.u.numel() for p in parts if isinstance(p, Outer)) + 2*O*plain
-    each = 2*sum({id(p.d): p.d.numel() for p in parts if isinstance(p, Outer)}.values()) + 3*max(saved, default=0)
+    kept_d, largest = sum({id(p.d): p.d.numel() for p in parts if isinstance(p, Outer)}.values()), max(saved, default=0)
+    each = kept_d + 2*largest if plan.chain else 2*kept_d + 3*largest        # autograd holds more than the loop does
     each += sum(u.gradients.numel() for u in units if u.gradients is not None) + (sum(saved) if plain else 0)
     lazy = [O*o.shape[0]*o.shape[2] for u in units if u.outer is not None and not u.pairs for o in [u.outer]]
     lazy += [u.head.shape[1] + (O*O if outputs == 'full' else O) + u.gradients.numel()*(outputs == 'trace') for u in units if u.head is not None]
@@ -271,6 +278,7 @@ def _room_for(u, n, O):
     return _Unit(u.names, Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity), None, u.pairs, ones=u.ones)
 
 def _put(s, u, at, o):
+    if u.head is not None and o.start == 0 and o.stop >= len(u.head): u.formed(s.gradients[:, at]); return
     if u.head is not None:                                              # a channel is told by the output that says most about it
         top, split = u.head.abs().argmax(0), lambda t: t.unflatten(1, (u.head.shape[1], -1))
         mine = (o.start <= top) & (top < o.stop)
@@ -315,7 +323,9 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     if method not in _METHODS: raise ValueError(f'method={method!r}: allowed are {", ".join(map(repr, _METHODS))}')
     model, x1, x2 = _prepare(model, x1, x2, dtype)
     x2 = x1 if x2 is None else x2
-    with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(model, x1, x2, outputs, layers, method, memory)
+    with torch.inference_mode(False), exact_arithmetic(x1.device, attention=False): total = _single(model, x1, x2, outputs, layers, method, memory)
+    if total is None:
+        with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(model, x1, x2, outputs, layers, method, memory)
     order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
     total = {k: b.permute(order) for k, b in total.items()}
     _check_finite(total, x1 is x2)
@@ -350,10 +360,59 @@ def _split_plain(plan, x1, x2, outputs):
     plan.elsewhere = set(plan.plain)
     return plan
 
+# %% ../../nbs/lens/ntk.ipynb #69de21f9
+_STRIP = 128                                                           # rows: still fast as a product, small enough to save the lower half
+
+def _dense(model, x):
+    "The layers of `model` if it is a stack of dense and elementwise layers that ends in one output, and x [N, K]; else None."
+    stack = _leaves(model)
+    if x.dim() != 2 or type(stack[-1]) is not nn.Linear or stack[-1].out_features != 1: return None
+    if not all(type(m) is nn.Linear or type(m) in _pointwise and not (m.training and getattr(m, 'p', 0)) for m in stack): return None
+    return _chain(model, {})
+
+def _pairs_of_one(stack, trained, x):
+    "The outputs [N, 1], and of each trained layer from the last to the first (layer, inputs [N, K], sensitivities [N, C] or None for 1)."
+    steps, found, d = _forward(stack, x), [], None
+    for m, a, h in reversed(steps):
+        if m in trained:
+            found.append((m, a, d))
+            if m is trained[0]: return steps[-1][2], found
+        d = m.weight.detach().expand(len(x), -1) if d is None else _pull(m, a, h, d[None], False)[0]
+
+# %% ../../nbs/lens/ntk.ipynb #d8f17375
+def _strips(rows, columns, n, m, same):
+    "The kernel [n, m] from the pairs of both sides, `_STRIP` rows at a time; if `same`, from the diagonal on, and mirrored."
+    K, one = rows[0][1].new_zeros(n, m), rows[0][1].new_ones(())
+    for r in range(0, n, _STRIP):
+        at, on = slice(r, r + _STRIP), slice(r if same else 0, m)
+        block = K[at, on]
+        for (layer, a, d), (_, b, e) in zip(rows, columns):
+            biased = layer.bias is not None and layer.bias.requires_grad
+            A = torch.addmm(one, a[at], b[on].mT, beta=int(biased)) if layer.weight.requires_grad else one.expand(block.shape)
+            if d is None: block.add_(A)
+            else: block.addcmul_(A, d[at] @ e[on].mT)
+        if same and r + _STRIP < n: K[r + _STRIP:, at] = K[at, r + _STRIP:].mT
+    return K
+
+@torch.no_grad()
+def _single(model, x1, x2, outputs, layers, method, memory):
+    "`_total` of a stack of dense layers with one output; None for another model or method, or where `memory` is too small for this way."
+    if layers or method not in ('auto', 'factored') or (stack := _dense(model, x1)) is None: return None
+    n, m, same = len(x1), len(x2), x1 is x2
+    trained = [k for k in stack if any(p is not None and p.requires_grad for p in k._parameters.values())]
+    wide = sum(max(k.in_features, k.out_features) for k in stack if type(k) is nn.Linear)
+    if (4*(n + (0 if same else m))*wide + 3*_STRIP*m)*x1.element_size() > memory: return None
+    f, rows = _pairs_of_one(stack, trained, x1)
+    _finite(f, 0, 'x1')
+    if same: columns = rows
+    else: f, columns = _pairs_of_one(stack, trained, x2); _finite(f, 0, 'x2')
+    K = _strips(rows, columns, n, m, same)
+    return {'': K if outputs == 'trace' else K[None] if outputs == 'diag' else K[None, :, None]}
+
 # %% ../../nbs/lens/ntk.ipynb #ac27d703
 def _finite(f, first, name):
     "ValueError naming the first sample whose outputs f [N, ...] are not all finite; `first` is the number of f[0]."
-    if bool(torch.isfinite(f.sum())): return
+    if math.isfinite(f.detach().sum()): return
     bad = (~torch.isfinite(f)).flatten(1).any(1) if f.dim() > 1 else ~torch.isfinite(f)
     if bool(bad.any()):
         raise ValueError(f'model: the output for sample {first + int(bad.nonzero()[0])} of {name} is NaN or infinite; allowed are finite outputs')
@@ -361,7 +420,7 @@ def _finite(f, first, name):
 def _check_finite(total, same):
     "ValueError naming a sample whose gradients are not finite though its outputs are."
     for k, K in total.items():
-        if bool(torch.isfinite(K.sum())): continue                         # one pass; a sum that overflows is looked at again
+        if math.isfinite(K.sum()): continue                         # one pass; a sum that overflows is looked at again
         bad = ~torch.isfinite(K)
         if not bool(bad.any()): continue
         rows, columns = (bad.flatten(1).all(1) if d == 0 else bad.transpose(0, 1).flatten(1).all(1) for d in (0, 1))
