@@ -21,7 +21,7 @@ $(VENV)/.run: settings.ini setup.py $(PINS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(BIN)/pip install -q --disable-pip-version-check -c $(PINS) -e '.[dev,docs,export,sparse,cluster]'
+	$(BIN)/pip install -q --disable-pip-version-check -c $(PINS) -e '.[dev,docs,export,sparse,cluster,parquet]'
 	@touch $@
 
 search: $(VENV)/.run

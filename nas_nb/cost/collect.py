@@ -123,7 +123,7 @@ def save_measurements(table, path):
     if path.suffix != '.csv': raise ValueError(f'path={str(path)!r}: allowed are names ending in .csv or .parquet')
     atomic_write(path, table.to_csv(index=False, lineterminator='\n'))
 
-# %% ../../nbs/cost/collect.ipynb #1d5c7e03
+# %% ../../nbs/cost/collect.ipynb #9092f486
 def conditions_of(measured):
     """Under what `measured` was taken, name -> value: of `CONDITIONS` and device_name what is known, {} where nothing is.
 
