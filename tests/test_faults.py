@@ -4,8 +4,9 @@ unwritable folders and second processes end with an error that loses nothing.
 
 A server (this file run as a script) imports torch, with one thread, and forks a process for every search: it computes nothing itself,
 so its children start clean. A child says by a shared byte what it is doing; the server waits until it is in a step, a write or the
-selection, waits for a random part of the time that this took undisturbed, and kills. What the child was doing when it died is counted.
-Three moments a method; NAS_NB_FLAGS=slow: 20. NAS_NB_FAULT_JOBS: servers at work at once (default 2)."""
+selection, waits for a random part of the time that this took undisturbed, and kills. What the child was doing when it died is counted;
+where that was something else, the moment is tried again, sooner. Three moments a method; NAS_NB_FLAGS=slow: 20.
+NAS_NB_FAULT_JOBS: servers at work at once (default 2)."""
 import hashlib, json, mmap, os, random, resource, signal, subprocess, sys, time, traceback, warnings
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOMENTS = 20 if 'slow' in os.environ.get('NAS_NB_FLAGS', '').split() else 3
 JOBS = int(os.environ.get('NAS_NB_FAULT_JOBS', 2))
 PHASES = ('start', 'step', 'write', 'selection', 'end')
+TRIES = 3                                                       # kills for a moment, until one hits the phase that it was aimed at
 FAULTS = ('nan', 'full', 'unwritable')
 
 def method_names():
@@ -147,9 +149,12 @@ def survive(name, n):
     whole, log = undisturbed(name)
     rows = []
     for phase, number, delay in moments(name, log, n):
-        with scratch_folder() as folder:
-            died = killed(name, folder, phase, number, delay)
-            rows.append(dict(aimed=phase, died=died, survived=resumed(name, folder) == whole))
+        for k in range(TRIES):                                  # what it was doing when it died may be over already: then at once
+            with scratch_folder() as folder:
+                died = killed(name, folder, phase, number, delay/(k + 1)**3)
+                half = any(Path(folder).glob('.*.partial'))
+                rows.append(dict(aimed=phase, died=died, half=half, survived=resumed(name, folder) == whole))
+            if died == phase: break
     return rows
 
 # --- faults that raise ---------------------------------------------------------------------------------------------------------------
@@ -235,21 +240,25 @@ def result(found, what, name):
 @pytest.mark.parametrize('what,name', [('method', name) for name in method_names()])
 def test_killed_at_random_moments_and_resumed_is_bitwise_the_undisturbed_run(found, what, name):
     rows = result(found, what, name)
-    assert len(rows) == MOMENTS and all(row['survived'] for row in rows), rows
+    assert len(rows) >= MOMENTS and all(row['survived'] for row in rows), rows
 
 def test_how_many_were_survived(found, capsys):
-    "Prints survived / tried for each method, and what the searches were doing when they died; most kills hit what they were aimed at."
+    """Prints survived / tried for each method, and what the searches were doing when they died. Taken together some died in a step, some
+    in a write and some in the selection; of 20 moments a method some left a file half written."""
     tried = {name: row['result'] for (what, name), row in found.items() if what == 'method' and 'result' in row}
+    every = [row for rows in tried.values() for row in rows]
+    def line(name, rows):
+        doing = Counter(row['died'] for row in rows)
+        return (f'{name:<18}{sum(row["survived"] for row in rows):>3} / {len(rows)} survived; '
+                f'died in {", ".join(f"{p} {doing[p]}" for p in PHASES if doing[p])}; half written {sum(row["half"] for row in rows)}')
     with capsys.disabled():
         print()
-        for name, rows in tried.items():
-            doing = Counter(row['died'] for row in rows)
-            print(f'{name:<18}{sum(row["survived"] for row in rows):>3} / {len(rows)} survived; '
-                  f'died in {", ".join(f"{p} {doing[p]}" for p in PHASES if doing[p])}')
-    every = [row for rows in tried.values() for row in rows]
-    if len(tried) > 5:
-        for phase in ('step', 'write'): assert sum(row['died'] == phase for row in every) >= len(tried)/3, f'too few died in a {phase}'
-        assert any(row['died'] == 'selection' for row in every)
+        for name, rows in (tried | {'all': every}).items(): print(line(name, rows))
+    if len(tried) <= 5: return                                 # a selection of methods: some are over too fast
+    for phase, least in dict(step=len(tried)/3, write=len(tried)/3, selection=1).items():
+        hit = sum(row['aimed'] == row['died'] == phase for row in every)
+        assert hit >= least, f'too few died in a {phase}: {hit}'
+    assert MOMENTS < 20 or any(row['half'] for row in every), 'no file was half written'
 
 SAID = {'nan': r'SearchDiverged: the train loss is nan in epoch 3, step 2 of 3', 'full': r'OSError: .*File too large',
         'unwritable': r'PermissionError: .*Permission denied'}

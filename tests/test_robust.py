@@ -10,13 +10,15 @@ from nas_nb.search import robust
 from nas_nb.search.distill import VotingTeachers
 from nas_nb.search.driver import Budget, Plugin, SearchRecipe, run_search
 from nas_nb.search.hypergrad import Unrolled
+from nas_nb.search.implicit import Implicit
 from nas_nb.search.rarts import Split
 from nas_nb.search.retrain import Recipe
-from nas_nb.search.robust import (AdaptiveReg, DropPath, EarlyStop, EigenMonitor, alpha_hessian, alpha_sharpness, arch_batch, arch_loss, lambda_max,
-                                  r_darts, stop_epoch)
+from nas_nb.search.robust import (AdaptiveReg, DropPath, EarlyStop, EigenMonitor, ShortRetrain, Strengths, alpha_hessian,
+                                  alpha_sharpness, arch_batch, arch_loss, lambda_max, r_darts, stop_epoch)
 from nas_nb.search.smooth import AdversarialSmoothing, RandomSmoothing
 from nas_nb.space.cells import CellSpace, nb201_space
 from nas_nb.space.darts import darts_space
+from nas_nb.space.fast import accelerate
 from nas_nb.ops.conv import NB201_OPS
 
 BUDGET = Budget(epochs=8, batch_size=20)
@@ -175,33 +177,88 @@ def test_one_level_has_a_batch_and_an_eigenvalue(space, task):
 
 # --- R-DARTS -------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind, levels', [('l2', (3e-4, 3e-2)), ('dp', (0., .5))])
-def test_r_darts_resumes_and_chooses_the_best(kind, levels, space, task, tmp_path):
-    run = lambda **k: r_darts(space, task, kind, levels, Recipe(epochs=2, batch_size=20), budget=Budget(2, 20), **k)
-    whole, first = run(), run(ckpt=tmp_path)
-    for path in tmp_path.glob('search-1/*'): path.unlink()                          # as if killed before the second search
-    for other in (first, run(ckpt=tmp_path, resume=True)):
-        assert other.table == whole.table and (other.genotype, other.level) == (whole.genotype, whole.level)
-    assert whole.val_acc == max(row['val_acc'] for row in whole.table) and [row['level'] for row in whole.table] == list(levels)
+class ByStrength:
+    "Picks another network after each search."
+    def __call__(self, s):
+        good = [g for g in s.net.space.enumerate() if g.connected]
+        return good[-1 - 7 * round(100 * s.history[-1]['strength'])]
+
+@pytest.mark.parametrize('kind, levels', [('l2', (0., .03)), ('dp', (0., .5))])
+def test_r_darts_resumes_bitwise_and_chooses_the_best(kind, levels, space, task, tmp_path, monkeypatch):
+    trained, real = [], robust.train_from_scratch
+    def train(*args):
+        if len(trained) == train.killed: raise Killed
+        trained.append(real(*args).val_acc)
+        return real(*args)
+    monkeypatch.setattr(robust, 'train_from_scratch', train)
+    def run(plugin, killed, **k):
+        train.killed = killed
+        return r_darts(space, task, kind, levels, Recipe(epochs=1, batch_size=20), ByStrength(), [plugin], budget=Budget(2, 20), **k)
+    whole = run(KillAt(0), 9)
+    assert whole.accuracy == max(row['accuracy'] for row in whole.table) and [row['level'] for row in whole.table] == list(levels)
+    assert len(trained) == 2 and [row['strength'] for row in whole.result.history] == [whole.level] * 2
+    for name, updates, trainings in [('first', 3, 9), ('second', 7, 9), ('selection', 0, 1)]:
+        trained.clear()
+        with pytest.raises(Killed): run(KillAt(updates), trainings, ckpt=tmp_path/name)
+        for again in range(2):                                                      # the second time it is over already
+            other = run(KillAt(0), 9, ckpt=tmp_path/name, resume=True)
+            same(whole.result, other.result)
+            assert other.table == whole.table and other.genotype == whole.genotype and len(trained) == 2
+
+class Ends(Plugin):
+    "Keeps the networks at the ends of searches."
+    def __init__(self): self.seen = []
+    def epoch_end(self, s):
+        if s.epoch == s.budget.epochs: self.seen.append({k: v.clone() for k, v in s.net.state_dict().items()})
+
+WAYS = dict(gumbel=lambda: dict(relax=Gumbel()), split=lambda: dict(hyper=Split()), implicit=lambda: dict(hyper=Implicit(steps=2)),
+            one=lambda: dict(level='one'), plain=dict)
+
+@pytest.mark.parametrize('kind, way', [*(('l2', way) for way in WAYS), ('dp', 'plain')])
+def test_every_search_of_r_darts_is_the_separate_one(kind, way, space, task):
+    ends, levels, search = Ends(), (.02, .5), WAYS[way]
+    r_darts(space, task, kind, levels, Recipe(epochs=1), plugins=[ends], budget=Budget(2, 20), **search())
+    for level, seen in zip(levels, ends.seen, strict=True):
+        alone = dict(recipe=SearchRecipe(w_decay=level)) if kind == 'l2' else dict(plugins=[DropPath(level)])
+        theirs = run_search(space.supernet(0), task, budget=Budget(2, 20), **alone, **search()).state.net.state_dict()
+        for name, v in seen.items(): assert torch.equal(v, theirs[name]), (level, name)
+    assert not torch.equal(ends.seen[0]['stem.0.weight'], ends.seen[1]['stem.0.weight'])
+
+def test_a_search_of_r_darts_that_stops_early_is_followed_by_the_next(space, task, rising):
+    how = dict(retrain=Recipe(epochs=1), select=ByStrength(), plugins=[EarlyStop(**QUICK)], budget=BUDGET)
+    found = r_darts(space, task, levels=(3e-4, 3e-2), **how)
+    assert len(found.result.history) == (3 if found.level == 3e-4 else 8) and len(found.table) == 2
+    assert (found.result.stopped is None) == (found.level == 3e-2)
+
+def test_drop_path_is_heard_by_an_accelerated_supernet(space, task):
+    run = lambda net: run_search(net, task, plugins=[DropPath(.5)], budget=Budget(2, 20)).state.net
+    plain, fast = run(space.supernet(0)), run(accelerate(space.supernet(0)))
+    theirs = fast.state_dict()
+    for name, a in plain.state_dict().items(): torch.testing.assert_close(a, theirs[name], atol=1e-4, rtol=1e-3)
 
 # --- bad input -----------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('make, text', [
-    (lambda: EigenMonitor(freq=0), 'freq=0'), (lambda: EigenMonitor(images=0), 'images=0'), (lambda: EigenMonitor(method='qr'), "method='qr'"),
-    (lambda: EigenMonitor(statistics='all'), "statistics='all'"), (lambda: EarlyStop(window=0), 'window=0'), (lambda: EarlyStop(delta=0), 'delta=0'),
+    (lambda: EigenMonitor(freq=0), 'freq=0'), (lambda: EigenMonitor(images=0), 'images=0'),
+    (lambda: EigenMonitor(method='qr'), "method='qr'"),
+    (lambda: EigenMonitor(statistics='all'), "statistics='all'"), (lambda: EarlyStop(window=0), 'window=0'),
+    (lambda: EarlyStop(delta=0), 'delta=0'),
     (lambda: EarlyStop(factor=1.), 'factor=1.0'), (lambda: EarlyStop(start=-1), 'start=-1'), (lambda: AdaptiveReg(mul=1.), 'mul=1.0'),
     (lambda: AdaptiveReg(max_wd=0.), 'max_wd=0.0'), (lambda: DropPath(1.), 'p=1.0'), (lambda: VotingTeachers(k=0), 'k=0'),
     (lambda: VotingTeachers(every=0), 'every=0'),
     (lambda: VotingTeachers(lam=-1.), 'lam=-1.0'), (lambda: VotingTeachers(tau=0.), 'tau=0.0'),
     (lambda: VotingTeachers(vote='loud'), "vote='loud'"),
-    (lambda: VotingTeachers(dtype=torch.int8), 'torch.int8'), (lambda: RandomSmoothing(2.), 'radius=2.0'), (lambda: AdversarialSmoothing(steps=0), 'steps=0')])
+    (lambda: VotingTeachers(dtype=torch.int8), 'torch.int8'), (lambda: RandomSmoothing(2.), 'radius=2.0'),
+    (lambda: AdversarialSmoothing(steps=0), 'steps=0')])
 def test_bad_settings_are_named(make, text):
     with pytest.raises(ValueError) as e: make()
     assert text in str(e.value)
 
 @pytest.mark.parametrize('how, text', [
-    (dict(plugins=[EarlyStop(), AdaptiveReg()]), 'two that go back'), (dict(plugins=[AdaptiveReg()], recipe=SearchRecipe(w_decay=0.)), 'w_decay=0.0'),
-    (dict(plugins=[RandomSmoothing()], level='one'), "level='one'"),
+    (dict(plugins=[EarlyStop(), AdaptiveReg()]), 'two that go back'),
+    (dict(plugins=[AdaptiveReg()], recipe=SearchRecipe(w_decay=0.)), 'w_decay=0.0'),
+    (dict(plugins=[RandomSmoothing()], level='one'), "level='one'"), (dict(plugins=[Strengths()]), 'select=Magnitude with Strengths'),
+    (dict(select=ShortRetrain()), 'exactly one'), (dict(plugins=[Strengths(), EigenMonitor()], select=ShortRetrain()), 'after Strengths'),
     (dict(plugins=[RandomSmoothing()], hyper=Split()), 'hyper=Split')])
 def test_impossible_searches_are_refused_before_any_step(how, text, space, task):
     with pytest.raises(ValueError) as e: run_search(space.supernet(0), task, budget=Budget(1, 20), **how)
@@ -211,7 +268,8 @@ def test_bad_arguments_of_functions(space, task):
     s = run_search(space.supernet(0), task, budget=Budget(1, 20)).state
     for call, text in [(lambda: arch_loss(s, arch_batch(s), 'all'), "statistics='all'"),
                        (lambda: alpha_sharpness(s, arch_batch(s), 'flat'), "kind='flat'"),
-                       (lambda: alpha_sharpness(s, arch_batch(s), 'perturb', radius=0.), 'radius=0.0'), (lambda: lambda_max(s, arch_batch(s), 'qr'), "method='qr'"),
+                       (lambda: alpha_sharpness(s, arch_batch(s), 'perturb', radius=0.), 'radius=0.0'),
+                       (lambda: lambda_max(s, arch_batch(s), 'qr'), "method='qr'"),
                        (lambda: r_darts(space, task, 'l1'), "kind='l1'"), (lambda: r_darts(space, task, levels=()), 'levels=()'),
                        (lambda: r_darts(space, task, levels=(-1.,)), 'levels=(-1.0,)')]:
         with pytest.raises(ValueError) as e: call()

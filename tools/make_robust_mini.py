@@ -1,4 +1,5 @@
-"""Weight decay against sharpness where every edge is noise or a convolution: nbs/search/robust_noise.csv, and the truth of the 8 cells, robust_truth.csv.
+"""Weight decay against sharpness where every edge is noise or a convolution: nbs/search/robust_noise.csv, and the truth of
+the 8 cells, robust_truth.csv.
 
     python tools/make_robust_mini.py [seeds]            about 5 minutes on one core; rows that are already there are kept"""
 import sys
@@ -16,10 +17,11 @@ NBS = Path(__file__).resolve().parent.parent/'nbs/search'
 LEVELS = (3e-4, 9e-4, 27e-4, 81e-4)
 
 class NoiseOrConv(MiniSpace):
-    "The mini space's frame and edges with two candidates on each edge, as in the space S4: noise that ignores its input, and a 3x3 convolution."
+    """The mini space's frame and edges with two candidates on each edge, as in the space S4: noise that ignores its input,
+    and a 3x3 convolution."""
     def __init__(self):
-        CellSpace.__init__(self, 'noise-or-conv', {'noise': Noise, 'nor_conv_3x3': NB201_OPS['nor_conv_3x3']}, nodes=3, in_shape=(1, 12, 12), n_classes=10,
-                           C=8, stages=2, cells=1)
+        ops = {'noise': Noise, 'nor_conv_3x3': NB201_OPS['nor_conv_3x3']}
+        CellSpace.__init__(self, 'noise-or-conv', ops, nodes=3, in_shape=(1, 12, 12), n_classes=10, C=8, stages=2, cells=1)
 
 def train(number, seed):
     "One of the eight cells, trained on all 800 images by the recipe of the mini table (12 epochs, batches of 50): test accuracy."

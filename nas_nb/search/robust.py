@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['RobustSearch', 'arch_batch', 'arch_loss', 'alpha_hessian', 'dominant_eigenvalue', 'lambda_max', 'alpha_sharpness',
-           'stop_epoch', 'EigenMonitor', 'EarlyStop', 'AdaptiveReg', 'DropPath', 'r_darts']
+           'stop_epoch', 'EigenMonitor', 'EarlyStop', 'AdaptiveReg', 'DropPath', 'Strengths', 'ShortRetrain', 'r_darts']
 
 # %% ../../nbs/search/robust.ipynb #d8d79501
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -22,9 +21,12 @@ from ..core.run import check_whole
 from ..ops.conv import Skip
 from .driver import SearchState, frozen_statistics, run_search
 from .implicit import Hessian
-from .plugin import Plugin, SearchRecipe
+from .parallel import world_rank, world_size
+from .plugin import Plugin
 from .retrain import Recipe, train_from_scratch
+from .select import Magnitude
 from ..space.core import Choice
+from ..space.fast import decelerate
 
 # %% ../../nbs/search/robust.ipynb #2d67672e
 @contextmanager
@@ -193,6 +195,11 @@ def return_to(self: EarlyStop, s, back: int):
     self.load_state_dict(mine)
 
 # %% ../../nbs/search/robust.ipynb #89238dd1
+def _set_decay(s, value):
+    "The weight decay of the weights, and of copies of them that a hypergradient trains."
+    for optimizer in (s.w_opt, *(v for v in vars(s.hyper).values() if isinstance(v, torch.optim.Optimizer))):
+        for group in optimizer.param_groups: group['weight_decay'] = value
+
 class AdaptiveReg(EarlyStop):
     """DARTS-ADA: where `EarlyStop` would stop, goes back to the earlier epoch, multiplies the weights' decay by `mul`, to at most
     `max_wd`, and goes on.
@@ -222,7 +229,7 @@ class AdaptiveReg(EarlyStop):
         new = min(old * self.mul, self.max_wd)
         if not new > old: return
         self.return_to(s, back)
-        for group in s.w_opt.param_groups: group['weight_decay'] = new
+        _set_decay(s, new)
         self.trace = [pair for pair in self.trace if pair[0] <= back]
         self.kept = {epoch: tree for epoch, tree in self.kept.items() if epoch <= back}
         self.restarts.append((back, now, new))
@@ -238,12 +245,13 @@ class DropPath(Plugin):
     progress.
 
     What is kept is divided by 1 - probability. One draw a step, the same in all its passes. Hooks on the supernet's `Choice`s, taken off
-    at the end. ValueError unless 0 <= p < 1, or where the network has no `Choice`. Source: Zela et al. (arXiv 1909.09656), section 4.3;
-    Larsson et al. (ICLR 2017)."""
+    at the end; an accelerated supernet computes the plain way again, for hooks are not heard otherwise. ValueError unless 0 <= p < 1, or
+    where the network has no `Choice`. Source: Zela et al. (arXiv 1909.09656), section 4.3; Larsson et al. (ICLR 2017)."""
     def __init__(self, p: float = 0.2):
         if not 0 <= p < 1: raise ValueError(f'p={p!r}: allowed is a number from 0 to below 1')
         self.p = p
     def start(self, s):
+        decelerate(s.net)
         ops = [op for m in s.net.modules() if isinstance(m, Choice) for op in m.ops.values()
                if not (getattr(op, 'is_zero', False) or isinstance(op, Skip))]
         if not ops: raise ValueError('the network has no candidate to drop: allowed is a supernet made of Choice')
@@ -253,41 +261,113 @@ class DropPath(Plugin):
         p = self.p * s.step / (s.budget.epochs * len(s.sources['train']))
         if not op.training or p == 0: return y
         self.generator.manual_seed((s.noise_seed + i * 2654435769) % 2**63)
-        kept = torch.rand(len(y), *[1] * (y.dim() - 1), generator=self.generator, device=y.device) >= p
+        first = world_rank()*len(next(iter(s.drawn.values()))[1])//world_size() if world_size() > 1 else 0    # of the images computed here
+        kept = torch.rand(first + len(y), *[1] * (y.dim() - 1), generator=self.generator, device=y.device)[first:] >= p
         return y * (kept / (1 - p)).to(y.dtype)
     def finish(self, s):
         for handle in self.handles: handle.remove()
 
-# %% ../../nbs/search/robust.ipynb #ac646018
-RobustSearch = namedtuple('RobustSearch', 'genotype level val_acc table result')   # the best, its level, accuracy, search; a row a level
-
-def _inner(kind, level, recipe, plugins):
-    "Recipe and plug-ins of a search at one level of regularisation."
-    if kind == 'l2': return replace(recipe, w_decay=level), list(plugins)
-    return recipe, [DropPath(level), *plugins]
-
-def r_darts(space, task, kind: str = 'l2', levels=None, retrain=Recipe(epochs=10), recipe=SearchRecipe(), plugins=(), seed: int = 0,
-            ckpt=None, resume: bool = False, **search) -> RobustSearch:
-    """R-DARTS: a search at each of several strengths of regularisation, a short retraining of each network found, and the best on the
-    validation part.
+# %% ../../nbs/search/robust.ipynb #8551ba10
+class Strengths(Plugin):
+    """Searches at several strengths of regularisation, one after another in one run; each begins as the first did and has the budget's
+    epochs.
 
     `kind` 'l2' (default): weight decay of the supernet's weights, by default 3, 9, 27, 81 e-4; 'dp': `DropPath`, by default 0, 0.2, 0.4,
-    0.6. `retrain`: a `Recipe` or its name. `ckpt`: a folder, one part a level; `resume` goes on there. `search`: keywords of
-    `run_search`. ValueError for another `kind`, no levels, a negative level. Source: Zela et al. (arXiv 1909.09656), section 5.3."""
-    if kind not in ('l2', 'dp'): raise ValueError(f"kind={kind!r}: allowed are 'l2' and 'dp'")
-    levels = tuple((3e-4, 9e-4, 27e-4, 81e-4) if kind == 'l2' else (0., .2, .4, .6)) if levels is None else tuple(levels)
-    if not levels or not all(0 <= v < float('inf') for v in levels):
-        raise ValueError(f'levels={levels}: allowed are one or more numbers of at least 0')
-    table, results, trained = [], [], {}
-    for i, level in enumerate(levels):
-        inner, parts = _inner(kind, level, recipe, plugins)
-        folder = lambda part: None if ckpt is None else Path(ckpt)/f'{part}-{i}'
-        where = dict(ckpt=folder('search'), resume=resume)
-        found = run_search(space.supernet(seed), task, recipe=inner, plugins=parts, seed=seed, **where, **search)
-        if (g := found.genotype.canonical()) not in trained:
-            network = space.build(found.genotype, seed=seed)
-            trained[g] = train_from_scratch(network, task, retrain, seed, ckpt=folder('retrain'), resume=resume).val_acc
-        results.append(found)
-        table.append(dict(level=level, genotype=found.genotype, val_acc=trained[g]))
-    best = max(range(len(levels)), key=lambda i: table[i]['val_acc'])
-    return RobustSearch(table[best]['genotype'], levels[best], table[best]['val_acc'], table, results[best])
+    0.6. `ends`: snapshots of the ends of those that are over (each: weights, momentum, architecture), in the checkpoints too. The history
+    holds `strength`. `select` must be `ShortRetrain`. ValueError for another one, another `kind`, no levels, a negative level, a plug-in
+    after this one that acts at an epoch's end. Source: Zela et al. (arXiv 1909.09656), section 5.3."""
+    def __init__(self, kind: str = 'l2', levels=None):
+        if kind not in ('l2', 'dp'): raise ValueError(f"kind={kind!r}: allowed are 'l2' and 'dp'")
+        self.levels = tuple((3e-4, 9e-4, 27e-4, 81e-4) if kind == 'l2' else (0., .2, .4, .6)) if levels is None else tuple(levels)
+        if not self.levels or not all(0 <= v < float('inf') for v in self.levels):
+            raise ValueError(f'levels={self.levels}: allowed are one or more numbers of at least 0')
+        self.kind, self.drop, self.fresh, self.ends = kind, DropPath(max(self.levels)) if kind == 'dp' else None, None, []
+
+    def start(self, s):
+        if not isinstance(s.select, ShortRetrain):
+            raise ValueError(f'select={type(s.select).__name__} with Strengths: allowed is ShortRetrain, which compares the searches')
+        for part in s.parts[s.parts.index(self) + 1:]:
+            if type(part).epoch_end is not Plugin.epoch_end:
+                raise ValueError(f'plugins hold {type(part).__name__} after Strengths: allowed is before it, for then everything goes back')
+        self.fresh, self.ends = None, []
+        if self.drop: self.drop.start(s)
+
+    def epoch_start(self, s):
+        if self.fresh is None: self.fresh = self.aside(s)
+        s.record['strength'] = level = self.levels[len(self.ends)]
+        if self.drop: self.drop.p = level
+        elif s.epoch == 0: _set_decay(s, level)
+
+    def epoch_end(self, s):
+        if s.epoch < s.budget.epochs and not s.stopped: return
+        self.ends.append(self.aside(s))
+        if len(self.ends) < len(self.levels): self.back_to(s, self.fresh)
+
+    def finish(self, s):
+        if self.drop: self.drop.finish(s)
+    def state_dict(self): return dict(fresh=self.fresh, ends=list(self.ends))
+    def load_state_dict(self, tree): self.fresh, self.ends = tree['fresh'], list(tree['ends'])
+
+# %% ../../nbs/search/robust.ipynb #beeb2344
+@patch
+def aside(self: Strengths, s) -> dict:
+    "A snapshot of the search, without the snapshots that are kept here."
+    mine, self.fresh, self.ends = (self.fresh, self.ends), None, []
+    tree = s.snapshot()
+    self.fresh, self.ends = mine
+    return tree
+
+@patch
+def back_to(self: Strengths, s, tree: dict):
+    "Everything as in the snapshot `tree`, but for what is kept here."
+    mine = self.fresh, self.ends
+    s.restore(tree)
+    self.fresh, self.ends = mine
+
+# %% ../../nbs/search/robust.ipynb #ca4843c4
+class ShortRetrain:
+    """Selects the best of the searches of `Strengths`: trains what `pick` reads from the end of each by `retrain`, on the half of the data
+    of the weights, and compares accuracies on the other half; everything is then as at the end of the best search.
+
+    `retrain`: a `Recipe` (default: 10 epochs) or its name. `pick`: another selector (default `Magnitude()`). `table`: level, genotype and
+    accuracy of each. A network found twice is trained once; of equals the first is taken. ValueError without `Strengths`."""
+    def __init__(self, retrain=Recipe(epochs=10), pick=Magnitude()): self.retrain, self.pick, self.table = retrain, pick, []
+    def with_pick(self, pick):
+        "The same with another selector of networks."
+        return ShortRetrain(self.retrain, pick)
+    def check(self, s):
+        if sum(isinstance(p, Strengths) for p in s.parts) != 1:
+            raise ValueError('select=ShortRetrain compares the searches of `Strengths`: allowed is with exactly one among the plugins')
+        if hasattr(self.pick, 'check'): self.pick.check(s)
+    def __call__(self, s):
+        searches = next(p for p in s.parts if isinstance(p, Strengths))
+        done, known, self.table = list(s.selection.get('accuracy', ())), {}, []
+        for i, (level, end) in enumerate(zip(searches.levels, searches.ends, strict=True)):
+            searches.back_to(s, end)
+            g = self.pick(s)
+            if i == len(done): done.append(known[g.canonical()] if g.canonical() in known else self.accuracy(s, g))
+            known[g.canonical()], s.selection = done[i], dict(accuracy=list(done))
+            if i == len(done) - 1: s.checkpoint()
+            self.table.append(dict(level=level, genotype=g, accuracy=done[i]))
+        best = max(range(len(done)), key=lambda i: done[i])
+        searches.back_to(s, searches.ends[best])
+        s.selection, searches.fresh, searches.ends = dict(accuracy=done), None, []
+        searches.finish(s)
+        return self.table[best]['genotype']
+    def accuracy(self, s, g):
+        task = replace(s.task, **dict(zip(('train', 'val'), s.task.halves(s.seed))))
+        return train_from_scratch(s.net.space.build(g, seed=s.seed), task, self.retrain, s.seed, s.device).val_acc
+
+# %% ../../nbs/search/robust.ipynb #9dc6dc76
+RobustSearch = namedtuple('RobustSearch', 'genotype level accuracy table result')   # the best, its level, accuracy, search; a row a level
+
+def r_darts(space, task, kind: str = 'l2', levels=None, retrain=Recipe(epochs=10), select=Magnitude(), plugins=(), seed: int = 0,
+            **search) -> RobustSearch:
+    """R-DARTS: a search at each of several strengths of regularisation, a short retraining of each network found, and the best.
+
+    `kind`, `levels`: see `Strengths`; `retrain`: see `ShortRetrain`, whose `pick` is `select`. `search`: keywords of `run_search`, such as
+    `ckpt` and `resume`. Source: Zela et al. (arXiv 1909.09656), section 5.3."""
+    chooser = ShortRetrain(retrain, select)
+    found = run_search(space.supernet(seed), task, plugins=[*plugins, Strengths(kind, levels)], select=chooser, seed=seed, **search)
+    best = max(chooser.table, key=lambda row: row['accuracy'])
+    return RobustSearch(found.genotype, best['level'], best['accuracy'], chooser.table, found)
