@@ -36,3 +36,17 @@ viewcode_follow_imported_members = False
 
 mathjax_path = 'mathjax/tex-svg.js'   # one file, no fonts to load, no other host
 mathjax3_config = mathjax4_config = {'options': {'enableMenu': False}}
+
+kept = {}     # (folder, options) -> HTML
+
+def share_navigation(app, pagename, templatename, context, doctree):
+    "The navigation of pages that do not stand in it (papers, code) is the same for all of a folder: it is made once."
+    if context.get('parents') or context.get('prev') or context.get('next') or pagename == app.config.root_doc: return
+    make, folder = context['toctree'], pagename.rpartition('/')[0]
+    def toctree(**options):
+        key = (folder, *sorted(options.items()))
+        if key not in kept: kept[key] = make(**options)
+        return kept[key]
+    context['toctree'] = toctree
+
+def setup(app): app.connect('html-page-context', share_navigation, priority=400)     # before the theme's
