@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Solution', 'flatten', 'Hessian', 'GaussNewton', 'Diverged', 'largest_eigenvalue', 'neumann', 'conjugate_gradients',
-           'ihvp', 'leaves', 'hypergradient', 'Implicit', 'BilevelTrainer']
+           'ihvp', 'leaves', 'hypergradient', 'Implicit', 'BilevelTrainer', 'warp', 'LearnedAugmentation']
 
 # %% ../../nbs/search/implicit.ipynb #e9430e94
+import math
 from collections import namedtuple
 from typing import Callable
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, grid_sample
 from .hypergrad import HyperGrad, sgd_settings
 
 # %% ../../nbs/search/implicit.ipynb #2813da9b
@@ -219,3 +221,36 @@ class BilevelTrainer:
         for name in ('w_opt', 'lam_opt'): getattr(self, name).load_state_dict(tree[name])
         with torch.no_grad():
             for p, value in zip([*leaves(self.w), *leaves(self.lam)], [*tree['w'], *tree['lam']]): p.copy_(value)
+
+# %% ../../nbs/search/implicit.ipynb #43576624
+def warp(x: Tensor, shift: Tensor, turn: Tensor, zoom: Tensor) -> Tensor:
+    """Images x [B, C, H, W] moved, turned and zoomed about their middle, bilinear, zeros outside; differentiable in all arguments.
+
+    `shift` [B, 2]: down and right, in pixels. `turn` [B]: radians, counterclockwise. `zoom` [B]: logarithm of the factor."""
+    H, W = x.shape[-2:]
+    c, s = turn.cos() * torch.exp(-zoom), turn.sin() * torch.exp(-zoom)      # from a place in the result to one in x
+    theta = torch.stack([torch.stack([c, -s * H / W], -1), torch.stack([s * W / H, c], -1)], -2)
+    back = theta @ (shift.flip(-1) * shift.new_tensor([2 / W, 2 / H]))[..., None]
+    grid = affine_grid(torch.cat([theta, -back], -1), list(x.shape), align_corners=False)
+    return grid_sample(x, grid, padding_mode='zeros', align_corners=False)
+
+class LearnedAugmentation(nn.Module):
+    """Random shifts, turns, zooms and noise, their strengths to be learned: images x [B, C, H, W] -> the same shape.
+
+    Uniform for each image: a shift by up to `shift` = (rows, columns) pixels, a turn by up to `turn` degrees, a zoom by up to exp(`zoom`)
+    either way; then N(0, `noise`^2) is added. The parameter `log` [5] holds the logarithms; a strength of 0 stays 0. `generator`: of the
+    draws, on the device of x (default: seed 0). ValueError for a negative or infinite strength."""
+    names = 'rows', 'columns', 'turn', 'zoom', 'noise'
+    def __init__(self, shift=(1., 1.), turn=10., zoom=.1, noise=.1, generator=None):
+        super().__init__()
+        for name, value in zip(self.names, sizes := (*shift, turn, zoom, noise)):
+            if not 0 <= value < float('inf'): raise ValueError(f'{name}={value!r}: allowed is a finite number of at least 0')
+        self.log, self.generator = nn.Parameter(torch.tensor(sizes).log()), generator or torch.Generator().manual_seed(0)
+    def strengths(self) -> dict:
+        "The strengths by name: pixels, pixels, degrees, a logarithm, a standard deviation."
+        return dict(zip(self.names, self.log.detach().exp().tolist()))
+    def forward(self, x):
+        size, like = self.log.exp(), dict(generator=self.generator, device=x.device, dtype=x.dtype)
+        u = 2 * torch.rand(4, len(x), **like) - 1
+        moved = warp(x, (size[:2, None] * u[:2]).T, size[2] * u[2] * math.pi / 180, size[3] * u[3])
+        return moved + size[4] * torch.randn(x.shape, **like)
