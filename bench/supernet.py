@@ -1,14 +1,17 @@
-"""A full first-order search step of a supernet: the reference loop, our plain path, our fast path, with the same weights and the same batch, taking turns.
+"""A full first-order search step of a supernet: the reference loop, our plain path, our fast path,
+with the same weights and the same batch, taking turns.
 
     python bench/supernet.py [--quick] [--json] [--threads 2] [--rounds 3] [--space darts nb201]
 
-The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too), contiguous memory format, a full
-backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours is the best of the fast path and, for NAS-Bench-201 and where there
-is a C++ compiler, the compiled cells on `--threads` threads, the former on 1 too; the first turn, which compiles, is not counted but printed. One step:
-loss on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference.
-The floor is the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
-Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by
-two single-threaded data-parallel processes, half the batch each, gradients averaged (batch norm then sees half the batch). Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
+The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too),
+contiguous memory format, a full backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours
+is the best of the fast path and, for NAS-Bench-201 and where there is a C++ compiler, the compiled cells on `--threads` threads, the
+former on 1 too; the first turn, which compiles, is not counted but printed. One step: loss on one batch, Adam on the architecture; loss on
+another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference. The floor is the
+arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
+Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by two single-threaded data-parallel
+processes, half the batch each, gradients averaged (batch norm then sees half the batch). Memory is the peak of a fresh process beyond its
+start. `--quick` ends in a minute: small supernets, batch 16."""
 import argparse, copy, ctypes, json, multiprocessing, os, socket, subprocess, sys, time
 import numpy as np, torch
 from torch import distributed, nn
@@ -98,9 +101,11 @@ def gradients(side, batch):
     return [loss.detach()], grads, buffers
 
 def disagreement(space, dtype, batch=8):
-    """Relative differences of the loss, of all gradients (in norm) and of batch-norm statistics (the largest): plain and fast against the reference in float64.
+    """Relative differences of the loss, of all gradients (in norm) and of batch-norm statistics (the largest):
+    plain and fast against the reference in float64.
 
-    In float32 also fast against plain in the same layout: with channels last PyTorch's own batch norm sums in another order, and ReLUs near zero flip."""
+    In float32 also fast against plain in the same layout: with channels last PyTorch's own batch norm sums in another order,
+    and ReLUs near zero flip."""
     with seeded(1): net, x = space.supernet(0), torch.randn(batch, *space.in_shape)
     def run(kind, dtype, layout=torch.contiguous_format):
         side = Side(kind, copy.deepcopy(net).to(dtype), torch.get_num_threads())
@@ -131,7 +136,8 @@ def convolutions(net, x):
 def peak_rate(calls, seconds=.3):
     "The best rate in GFLOP/s that a convolution of the list reaches, forward, channels last, over its largest shapes."
     best = 0.
-    largest = sorted({(m.weight.shape, m.stride, m.padding, m.dilation, m.groups, shape): macs for m, shape, macs in calls}.items(), key=lambda kv: -kv[1])[:12]
+    largest = sorted({(m.weight.shape, m.stride, m.padding, m.dilation, m.groups, shape): macs for m, shape, macs in calls}.items(),
+                     key=lambda kv: -kv[1])[:12]
     for (w, stride, padding, dilation, groups, shape), macs in largest:
         w, x = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in (w, shape))
         end = time.perf_counter() + seconds/12
@@ -142,9 +148,11 @@ def peak_rate(calls, seconds=.3):
             if time.perf_counter() > end: break
     return best
 
-KINDS = {'convolution': ('mkldnn_convolution', 'convolution_backward', 'conv2d', '_conv_depthwise2d'), 'batch norm': ('native_batch_norm', 'native_batch_norm_backward'),
+KINDS = {'convolution': ('mkldnn_convolution', 'convolution_backward', 'conv2d', '_conv_depthwise2d'),
+         'batch norm': ('native_batch_norm', 'native_batch_norm_backward'),
          'pooling': ('max_pool2d_with_indices', 'max_pool2d_with_indices_backward', 'avg_pool2d', 'avg_pool2d_backward'),
-         'copies': ('cat', 'copy_', 'clone', 'constant_pad_nd', 'fill_'), 'sums and products': ('add', 'add_', 'addcmul', 'mul', 'mul_', 'sum')}
+         'copies': ('cat', 'copy_', 'clone', 'constant_pad_nd', 'fill_'),
+         'sums and products': ('add', 'add_', 'addcmul', 'mul', 'mul_', 'sum')}
 
 def where_time_goes(side, data):
     "Shares of one step by kind of library call, each without what it calls."
@@ -210,7 +218,8 @@ def average(gradients):
     return [part.view_as(g) for part, g in zip((flat/2).split([g.numel() for g in gradients]), gradients)]
 
 def two_halves(name, kind, quick, batch, rounds):
-    "Median seconds until the slower of two single-threaded processes has made a step, with half the batch each and their gradients averaged."
+    """Median seconds until the slower of two single-threaded processes has made a step,
+    with half the batch each and their gradients averaged."""
     context, port = multiprocessing.get_context('spawn'), free_port()
     times = context.Queue()
     workers = [context.Process(target=half, args=(rank, port, name, kind, quick, batch, rounds, times)) for rank in range(2)]
@@ -231,7 +240,8 @@ def rows(args):
     for name in args.space:
         space = SPACES[name](args.quick)
         for dtype in (torch.float64, torch.float32):
-            for what, gaps in disagreement(space, dtype): yield dict(name=f'{name} disagreement {str(dtype)[6:]}: {what}', **gaps, unit='relative')
+            for what, gaps in disagreement(space, dtype):
+                yield dict(name=f'{name} disagreement {str(dtype)[6:]}: {what}', **gaps, unit='relative')
         for batch in (16,) if args.quick else (16, 64):
             with seeded(0): net = space.supernet(0)
             data, tried = batches(space, batch), sorted({1, args.threads})
@@ -239,34 +249,40 @@ def rows(args):
             kinds = ('fast', 'compiled') if name == 'nb201' and not args.quick and can_compile() else ('fast',)
             sides |= {f'{kind}, {t} threads': Side(kind, net, t) for kind in kinds for t in (tried if kind == 'fast' else tried[-1:])}
             seconds, first = race(sides, data, args.rounds)
-            for kind in kinds[1:]: yield dict(name=f'{name} compilation, batch {batch}', seconds=first[f'{kind}, {tried[-1]} threads'], unit='s')
+            for kind in kinds[1:]:
+                yield dict(name=f'{name} compilation, batch {batch}', seconds=first[f'{kind}, {tried[-1]} threads'], unit='s')
             for label in seconds:
                 if label not in ('reference', 'plain'): yield dict(name=f'{name} {label}, batch {batch}', seconds=seconds[label], unit='s')
             best = min((label for label in seconds if label not in ('reference', 'plain')), key=seconds.get)
             for peer in ('reference', 'plain'):
-                yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best], unit='s', n=args.rounds,
-                           against=peer, side=best)
+                yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best],
+                           unit='s', n=args.rounds, against=peer, side=best)
             if not args.quick:
                 for kind in kinds:
-                    halves, together = two_halves(name, kind, args.quick, batch, args.rounds), min(seconds[k] for k in seconds if k.startswith(kind))
-                    yield dict(name=f'{name} two data-parallel halves, batch {batch}', ours=halves, peer=together, ratio=together/halves, unit='s',
-                               n=args.rounds, against=f'{kind}, one process', plain=seconds['plain']/halves, reference=seconds['reference']/halves)
+                    halves = two_halves(name, kind, args.quick, batch, args.rounds)
+                    together = min(seconds[k] for k in seconds if k.startswith(kind))
+                    yield dict(name=f'{name} two data-parallel halves, batch {batch}', ours=halves, peer=together,
+                               ratio=together/halves, unit='s', n=args.rounds, against=f'{kind}, one process',
+                               plain=seconds['plain']/halves, reference=seconds['reference']/halves)
             torch.set_num_threads(sides[best].threads)
             calls = convolutions(net, data[0][0])
             work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls)      # 2 forward, 2 gradients in x, 1 in weights
-            yield dict(name=f'{name} floor, batch {batch}', GFLOP=work, GFLOPs=rate, seconds=work/rate, share=work/rate/seconds[best], unit='s')
+            yield dict(name=f'{name} floor, batch {batch}', GFLOP=work, GFLOPs=rate, seconds=work/rate,
+                       share=work/rate/seconds[best], unit='s')
             yield dict(name=f'{name} time, batch {batch}', **where_time_goes(sides[best], data), unit='share')
             if not args.quick:
                 ours = sides[best].kind
                 memory = {kind: peak(name, kind, batch, args.quick, args.threads) for kind in ('reference', 'plain', ours)}
                 for peer in ('reference', 'plain'):
-                    yield dict(name=f'{name} memory, batch {batch}', ours=memory[ours], peer=memory[peer], ratio=memory[peer]/memory[ours], unit='MB', n=1, against=peer, side=ours)
+                    yield dict(name=f'{name} memory, batch {batch}', ours=memory[ours], peer=memory[peer], ratio=memory[peer]/memory[ours],
+                               unit='MB', n=1, against=peer, side=ours)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true', help='small supernets, batch 16: under a minute')
     p.add_argument('--json', action='store_true', help='one JSON object a line')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help="threads of the reference and the plain path (PyTorch's default)")
+    p.add_argument('--threads', type=int, default=torch.get_num_threads(),
+                   help="threads of the reference and the plain path (PyTorch's default)")
     p.add_argument('--rounds', type=int, default=3, help='turns of every side')
     p.add_argument('--space', nargs='+', choices=SPACES, default=list(SPACES), help='which supernets')
     p.add_argument('--peak', help=argparse.SUPPRESS)
@@ -276,6 +292,8 @@ def main():
         return measure_peak(name, kind, int(batch), args.quick, args.threads)
     for row in rows(args):
         if args.json: print(json.dumps(row), flush=True)
-        else: print('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else str(v) if k in ('name', 'unit', 'side') else f'{k} {v}' for k, v in row.items()), flush=True)
+        else:
+            print('  '.join(f'{k} {v:.4g}' if isinstance(v, float) else str(v) if k in ('name', 'unit', 'side') else f'{k} {v}'
+                            for k, v in row.items()), flush=True)
 
 if __name__ == '__main__': main()

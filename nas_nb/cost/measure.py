@@ -269,7 +269,8 @@ def _check_inputs(networks, x):
         raise ValueError(f'x has inputs for {sorted(map(str, x))}: allowed is one for each network, {sorted(map(str, networks))}')
     for t in x.values() if isinstance(x, dict) else (x,):
         if not isinstance(t, torch.Tensor) or t.ndim < 1 or not len(t):
-            raise ValueError(f'x={type(t).__name__}: allowed is a tensor with the batch as its first dimension, or a dict of such, one a network')
+            raise ValueError(f'x={type(t).__name__}: allowed is a tensor with the batch as its first dimension, or a dict of such, '
+                             f'one a network')
 
 # %% ../../nbs/cost/measure.ipynb #0332fca0
 def check_measure(networks, x, rounds, warmup, threads, backend, device, canary, drift, clock=None):

@@ -34,7 +34,7 @@ def _mixed(outs, parts):
 class OpenChoice(Choice):
     """A `Choice` inside a network that does not know of it: `ops` (name -> module) for the decision `name`, standing at `path`.
 
-    `forward` takes and gives what the candidates do (tensors, or tuples of them), weighted by the running `MarkedSupernet`, or RuntimeError."""
+    `forward` takes and gives what the candidates do, tensors or tuples of them; RuntimeError where no `MarkedSupernet` is running."""
     def __init__(self, ops, name, path):
         super().__init__(ops, (name, 0))
         self.path, self.now = path, _Now()
