@@ -179,6 +179,11 @@ class EarlyStop(EigenMonitor):
         self.kept = dict(tree['kept'])
 
 # %% ../../nbs/search/robust.ipynb #ef19fa4b
+def _set_decay(s, value):
+    "The weight decay of the weights, and of copies of them that a hypergradient trains."
+    for optimizer in (s.w_opt, *(v for v in vars(s.hyper).values() if isinstance(v, torch.optim.Optimizer))):
+        for group in optimizer.param_groups: group['weight_decay'] = value
+
 @patch
 def sharpened(self: EarlyStop, s, back: int):
     "What to do: here, go back to the epoch `back` and stop."
@@ -195,11 +200,6 @@ def return_to(self: EarlyStop, s, back: int):
     self.load_state_dict(mine)
 
 # %% ../../nbs/search/robust.ipynb #89238dd1
-def _set_decay(s, value):
-    "The weight decay of the weights, and of copies of them that a hypergradient trains."
-    for optimizer in (s.w_opt, *(v for v in vars(s.hyper).values() if isinstance(v, torch.optim.Optimizer))):
-        for group in optimizer.param_groups: group['weight_decay'] = value
-
 class AdaptiveReg(EarlyStop):
     """DARTS-ADA: where `EarlyStop` would stop, goes back to the earlier epoch, multiplies the weights' decay by `mul`, to at most
     `max_wd`, and goes on.
