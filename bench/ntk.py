@@ -2,13 +2,14 @@
 
     python bench/ntk.py [--quick] [--json] [--threads 2] [--neural-tangents PYTHON]
 
-Each row checks that both give the same kernel (relative difference, in float32 and once in float64) and gives the ratio of medians, > 1 where layer factors are
-faster or smaller. Where the tutorial's two Jacobians do not fit `--room` GB its rows are taken in chunks of samples. Memory is the peak of the process beyond the
-start of the call, each side in a process of its own. Operations are those of `ntk_flops`, and their share of the speed of a matrix product measured
-in the same run. TorchNTK's two methods are written anew from its published source: its explicit one leaves out the biases. neural-tangents needs an environment
-of its own (`pip install neural-tangents==0.6.5 jax==0.4.25 jaxlib==0.4.25 'numpy<2' 'scipy<1.13'`), whose Python `--neural-tangents` names; it answers from there
-when asked, in turns with ours. Rows `many_*` set `ntk_many` against a loop over `ntk`, for narrow networks of NAS-Bench-201, 16 samples, summed over outputs.
-`--quick` ends in a minute, with fewer samples."""
+Each row checks that both give the same kernel (relative difference, in float32 and once in float64) and gives the ratio of medians, > 1
+where layer factors are faster or smaller. Where the tutorial's two Jacobians do not fit `--room` GB its rows are taken in chunks of
+samples. Memory is the peak of the process beyond the start of the call, each side in a process of its own. Operations are those of
+`ntk_flops`, and their share of the speed of a matrix product measured in the same run. TorchNTK's two methods are written anew from its
+published source: its explicit one leaves out the biases. neural-tangents needs an environment of its own (`pip install
+neural-tangents==0.6.5 jax==0.4.25 jaxlib==0.4.25 'numpy<2' 'scipy<1.13'`), whose Python `--neural-tangents` names; it answers from there
+when asked, in turns with ours. Rows `many_*` set `ntk_many` against a loop over `ntk`, for narrow networks of NAS-Bench-201, 16 samples,
+summed over outputs. `--quick` ends in a minute, with fewer samples."""
 import argparse, json, math, os, subprocess, sys, tempfile, time
 import numpy as np, torch
 from torch import nn
@@ -19,8 +20,8 @@ from nas_nb.space.cells import nb201_space
 
 def mlp(): return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 def conv():
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
-                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+                         nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 def single(): return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1))
 MODELS = {'mlp': (mlp, (784,)), 'conv': (conv, (3, 32, 32)), 'single': (single, (64,))}
 
@@ -41,7 +42,8 @@ def tutorial_chunked(model, x, room):
     "The same in blocks of samples, where two Jacobians of all samples would take more than `room` bytes."
     size = sum(p.numel() for p in model.parameters())*10*x.element_size()
     step = max(1, min(len(x), int(room/(3*size))))
-    return torch.cat([torch.cat([tutorial(model, a, b) for b in x.split(step)], 1) for a in x.split(step)]) if step < len(x) else tutorial(model, x, x)
+    if step >= len(x): return tutorial(model, x, x)
+    return torch.cat([torch.cat([tutorial(model, a, b) for b in x.split(step)], 1) for a in x.split(step)])
 
 def explicit(model, x):
     "TorchNTK's explicit method: inputs and sensitivities of dense layers by hand, columns are samples; weights only, no biases."
@@ -95,11 +97,12 @@ def neural_tangents(python, model, x, rounds, threads):
     "Medians in ms of ours and theirs in the steady state, theirs with its first call (compilation), and the relative difference."
     with tempfile.TemporaryDirectory() as folder:
         linear = [m for m in model if isinstance(m, nn.Linear)]
-        np.savez(f'{folder}/in.npz', x=x.numpy(), **{f'{k}{i}': getattr(m, n).detach().numpy().T for i, m in enumerate(linear) for k, n in (('w', 'weight'), ('b', 'bias'))})
+        arrays = {f'{k}{i}': getattr(m, n).detach().numpy().T for i, m in enumerate(linear) for k, n in (('w', 'weight'), ('b', 'bias'))}
+        np.savez(f'{folder}/in.npz', x=x.numpy(), **arrays)
         flags = f'--xla_cpu_multi_thread_eigen={"true" if threads > 1 else "false"} intra_op_parallelism_threads={threads}'
         env = {**os.environ, 'XLA_FLAGS': flags, 'OMP_NUM_THREADS': str(threads), 'JAX_PLATFORMS': 'cpu'}
-        with subprocess.Popen([python, '-c', WORKER, f'{folder}/in.npz', f'{folder}/out.npy'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              text=True, env=env) as peer:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        with subprocess.Popen([python, '-c', WORKER, f'{folder}/in.npz', f'{folder}/out.npy'], env=env, **pipes) as peer:
             first, K, times = float(peer.stdout.readline()), ntk(model, x), ([], [])
             theirs = torch.from_numpy(np.load(f'{folder}/out.npy'))
             for _ in range(rounds):
@@ -115,7 +118,7 @@ def product_speed():
     return 2*1024**3/best/1e3
 
 def work(model, x, took, peak):
-    "Operations in billions of ours and of the tutorial (two Jacobians, a full product), and the share of a matrix product's speed that ours reaches."
+    "Operations in billions, ours and the tutorial's (two Jacobians, a full product), and our share of a matrix product's speed."
     ours, theirs = ntk_flops(model, x), ntk_flops(model, x, method='jacobian')
     return dict(gflop=ours['total']/1e9, gflop_tutorial=2*theirs['total']/1e9, share_of_peak=ours['total']/took/peak)
 
@@ -159,7 +162,8 @@ def rows(args):
     n = 24 if args.quick else 128
     model, x = make('mlp', n)
     ours, peer, off = alternate(lambda: ntk(model, x), lambda: tutorial_chunked(model, x, args.room*2**30), 5, 1 if args.quick else 2)
-    yield dict(name=f'mlp_784_512_512_10_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
+    yield dict(name=f'mlp_784_512_512_10_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off,
+               **work(model, x, ours, peak_speed))
     if args.neural_tangents:
         ours, peer, first, off = neural_tangents(args.neural_tangents, model, x, 5 if args.quick else 15, args.threads)
         yield dict(name=f'mlp_n{n}_neural_tangents', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=15, difference=off)
@@ -172,18 +176,21 @@ def rows(args):
     yield dict(name=f'single_n{len(x)}_torchntk_explicit', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=41, difference=off,
                note='ours with biases; difference: of the weights alone')
     ours, peer, off = alternate(lambda: ntk(model, x, outputs='trace'), lambda: by_autograd(model, x), 5, 1)
-    yield dict(name=f'single_n{len(x)}_torchntk_autograd', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
+    yield dict(name=f'single_n{len(x)}_torchntk_autograd', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off,
+               **work(model, x, ours, peak_speed))
     n = 32 if args.quick else 64
     model, x = make('conv', n)
     ours, peer, off = alternate(lambda: ntk(model, x), lambda: tutorial(model, x, x), 5 if args.quick else 9, 3)
-    yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off, **work(model, x, ours, peak_speed))
+    yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off,
+               **work(model, x, ours, peak_speed))
     a, b = (peak(who, 'conv', 64, args.threads) for who in ('ours', 'peer'))
     yield dict(name='conv_16_32_64_n64_peak', ours=a, peer=b, ratio=b/a, unit='MB', n=1)
     for same in (True, False):
         models, x = many(same, 6 if args.quick else 20)
-        ours, peer, off = alternate(lambda: ntk_many(models, x, 'trace'), lambda: torch.stack([ntk(m, x, outputs='trace') for m in models]), 3, 3)
-        yield dict(name=f'many_{len(models)}_{"draws_of_a_cell" if same else "random_cells"}', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=3, difference=off,
-                   note='peer: a loop over ntk')
+        loop = lambda: torch.stack([ntk(m, x, outputs='trace') for m in models])
+        ours, peer, off = alternate(lambda: ntk_many(models, x, 'trace'), loop, 3, 3)
+        yield dict(name=f'many_{len(models)}_{"draws_of_a_cell" if same else "random_cells"}', ours=ours, peer=peer, ratio=peer/ours,
+                   unit='ms', n=3, difference=off, note='peer: a loop over ntk')
     for name, k in (('mlp', 6), ('conv', 6)):
         model, x = make(name, k, torch.float64)
         got, want = ntk(model, x), tutorial(model, x, x)
@@ -191,7 +198,8 @@ def rows(args):
     model, x = make('mlp', 2000)
     start = time.perf_counter(); ntk(model, x, outputs='trace'); took = time.perf_counter() - start
     yield dict(name='mlp_n2000_trace_time', ours=1e3*took, unit='ms', n=1)
-    yield dict(name='mlp_n2000_trace_peak', ours=peak('ours', 'mlp', 2000, args.threads, 'trace'), peer=1024, unit='MB', n=1, note='peer: the 1 GB allowed')
+    yield dict(name='mlp_n2000_trace_peak', ours=peak('ours', 'mlp', 2000, args.threads, 'trace'), peer=1024, unit='MB', n=1,
+               note='peer: the 1 GB allowed')
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -206,7 +214,9 @@ def main():
     for row in rows(args):
         row = {k: float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()}
         if args.json: print(json.dumps(row), flush=True)
-        else: print(f'{row["name"]:<32}{row["ours"]:>12}{row.get("peer", ""):>12}{row.get("ratio", ""):>9}  {row["unit"]:<10}{row.get("difference", "")}'
-                   + (f'  {row["gflop"]} GFLOP, tutorial {row["gflop_tutorial"]}; {row["share_of_peak"]:.0%} of peak' if 'gflop' in row else ''), flush=True)
+        else:
+            line = f'{row["name"]:<32}{row["ours"]:>12}{row.get("peer", ""):>12}{row.get("ratio", ""):>9}  {row["unit"]:<10}'
+            if 'gflop' in row: row['note'] = f'{row["gflop"]} GFLOP, tutorial {row["gflop_tutorial"]}; {row["share_of_peak"]:.0%} of peak'
+            print(line + f'{row.get("difference", "")}  {row.get("note", "")}', flush=True)
 
 if __name__ == '__main__': main()

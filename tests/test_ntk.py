@@ -1,4 +1,4 @@
-"""The tangent kernel as a package: many random architectures against torch.func, memory that is kept, nothing left behind, other processes' habits."""
+"""The tangent kernel as a package: many random architectures against torch.func, memory that is kept, nothing left behind."""
 import copy, math, os, subprocess, sys
 import pytest, torch, torch.utils.checkpoint
 from torch import nn
@@ -25,7 +25,8 @@ def random_network(seed):
     layers = []
     for _ in range(draw(1, 2, 3)):
         width, groups = draw(4, 8, 16), draw(1, 2, 4)
-        layers += [conv(c, width, draw(1, 2, 3), stride=draw(1, 2), padding=draw(1, 2), dilation=draw(1, 2), groups=groups, bias=draw(True, False))]
+        layers += [conv(c, width, draw(1, 2, 3), stride=draw(1, 2), padding=draw(1, 2), dilation=draw(1, 2), groups=groups,
+                        bias=draw(True, False))]
         layers += [draw(norm(width), nn.GroupNorm(2, width), nn.Identity()), draw(nn.ReLU(inplace=True), nn.Tanh(), nn.GELU())]
         c = width
     layers += [pool(draw(1, 2)), nn.Flatten(), nn.LazyLinear(draw(3, 20)), nn.Tanh(), nn.LazyLinear(draw(1, 3))]
@@ -66,10 +67,12 @@ def apart(model):
 
 ONE_OUTPUT = {
     'relu': lambda: dense(nn.Linear(5, 16), nn.ReLU(inplace=True), nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 1)),
-    'nested, no biases': lambda: dense(nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh()), nn.Linear(8, 6, bias=False), nn.GELU(), nn.Linear(6, 1, bias=False)),
+    'nested, no biases': lambda: dense(nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh()), nn.Linear(8, 6, bias=False), nn.GELU(),
+                                       nn.Linear(6, 1, bias=False)),
     'one layer': lambda: dense(nn.Linear(5, 1)),
     'no slope between': lambda: dense(nn.Linear(5, 4), nn.Linear(4, 3), nn.Identity(), nn.Dropout(.0), nn.Linear(3, 1)),
-    'slopes upon slopes': lambda: dense(nn.Linear(5, 6), nn.Tanh(), nn.Hardtanh(.1, .6, inplace=True), nn.ELU(inplace=True), nn.Linear(6, 1)),
+    'slopes upon slopes': lambda: dense(nn.Linear(5, 6), nn.Tanh(), nn.Hardtanh(.1, .6, inplace=True), nn.ELU(inplace=True),
+                                        nn.Linear(6, 1)),
     'slope first': lambda: dense(nn.Tanh(), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 1))}
 
 @pytest.mark.parametrize('frozen', ['', '0.weight', '0.bias', '2.'])
@@ -108,12 +111,16 @@ def test_dense_stacks_with_one_output_answer_bad_input():
     assert (ntk(model, x) - by_jacobian(model, x, x)).abs().max() <= 1e-11*before.abs().max() and not torch.allclose(ntk(model, x), before)
 
 STACKS = {
-    'pools': (lambda: (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, stride=2, padding=(1, 2), groups=2),
-                       nn.AvgPool2d((2, 3)), nn.Flatten(), nn.Linear(4, 2)), (2, 9, 9)),
-    'norms': (lambda: (nn.Conv2d(2, 4, 3, dilation=2), nn.BatchNorm2d(4, affine=False), nn.Hardswish(inplace=True), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 1),
-                       nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)), (2, 8, 8)),
-    'positions stay': (lambda: (nn.Conv1d(2, 4, 3, padding='same'), nn.Tanh(), nn.ELU(inplace=True), nn.Conv1d(4, 2, 2, padding_mode='circular', padding=1)), (2, 6)),
-    'three dimensions': (lambda: (nn.Conv3d(1, 3, 2, stride=2), nn.BatchNorm3d(3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 2)), (1, 5, 4, 4))}
+    'pools': (lambda: (nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+                       nn.Conv2d(4, 4, 3, stride=2, padding=(1, 2), groups=2), nn.AvgPool2d((2, 3)),
+                       nn.Flatten(), nn.Linear(4, 2)), (2, 9, 9)),
+    'norms': (lambda: (nn.Conv2d(2, 4, 3, dilation=2), nn.BatchNorm2d(4, affine=False), nn.Hardswish(inplace=True), nn.GroupNorm(2, 4),
+                       nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3),
+                       nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LayerNorm(12), nn.Linear(12, 3)), (2, 8, 8)),
+    'positions stay': (lambda: (nn.Conv1d(2, 4, 3, padding='same'), nn.Tanh(), nn.ELU(inplace=True),
+                                nn.Conv1d(4, 2, 2, padding_mode='circular', padding=1)), (2, 6)),
+    'three dimensions': (lambda: (nn.Conv3d(1, 3, 2, stride=2), nn.BatchNorm3d(3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(),
+                                  nn.Linear(3, 2)), (1, 5, 4, 4))}
 
 @pytest.mark.parametrize('kind', STACKS)
 def test_back_through_every_layer(kind):
@@ -172,8 +179,11 @@ def test_a_model_that_routes_takes_the_plain_way():
     torch.manual_seed(0)
     model, x = Router().double(), torch.randn(6, 3, dtype=torch.float64)
     x[:3, 0] = -x[:3, 0].abs(); x[3:, 0] = x[3:, 0].abs()
-    rows = [torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(model.parameters(), torch.autograd.grad(model(x[n:n + 1])[0, o], list(model.parameters()),
-            allow_unused=True))]) for n in range(6) for o in range(2)]
+    ps, rows = list(model.parameters()), []
+    for n in range(6):
+        for o in range(2):
+            grads = torch.autograd.grad(model(x[n:n + 1])[0, o], ps, allow_unused=True)
+            rows.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(ps, grads)]))
     J = torch.stack(rows).view(6, 2, -1)
     torch.testing.assert_close(ntk(model, x), torch.einsum('nok,mpk->nmop', J, J), rtol=1e-10, atol=1e-10)
 
@@ -185,7 +195,9 @@ def test_checkpoint_and_custom_functions():
         def backward(ctx, g): return 2*ctx.saved_tensors[0]*g
     class Odd(nn.Module):
         def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-        def forward(self, x): return self.b(torch.utils.checkpoint.checkpoint(lambda h: torch.tanh(self.a(h)), Square.apply(x), use_reentrant=False))
+        def forward(self, x):
+            h = torch.utils.checkpoint.checkpoint(lambda h: torch.tanh(self.a(h)), Square.apply(x), use_reentrant=False)
+            return self.b(h)
     torch.manual_seed(0)
     model, x = Odd().double(), torch.randn(4, 3, dtype=torch.float64)
     simple = nn.Sequential(model.a, nn.Tanh(), model.b)
@@ -210,13 +222,15 @@ def test_memory_is_kept():
 import torch; from torch import nn; from nas_nb.lens.ntk import ntk
 torch.set_num_threads(1)
 status = lambda key: int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1])/1024
-model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 x = torch.randn(48, 3, 32, 32); ntk(model, x[:2])
 try: open('/proc/self/clear_refs', 'w').write('5')
 except OSError: print(-1); raise SystemExit
 before = status('VmRSS'); ntk(model, x, memory=32*2**20); print(status('VmHWM') - before)
 '''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
     used = float(done.stdout)
     if used < 0: pytest.skip('the high-water mark cannot be reset here')
     assert used < 1.5*32 + 8, used
@@ -253,7 +267,9 @@ def test_a_mean_that_only_some_samples_take():
 def test_many_outputs_without_a_rule_go_by_products():
     "A plain parameter and many outputs: `auto` takes kernel-vector products for it, and the sum is right."
     class Scaled(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.w, self.b = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 60)), nn.Linear(60, 40)
+        def __init__(self):
+            super().__init__()
+            self.a, self.w, self.b = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 60)), nn.Linear(60, 40)
         def forward(self, x): return self.b(torch.tanh(torch.tanh(self.a(x)) @ self.w))
     torch.manual_seed(0)
     model, x = Scaled().double(), torch.randn(5, 4, dtype=torch.float64)
@@ -270,8 +286,10 @@ def test_many_networks_are_the_loop():
     for i, m in enumerate(nets):
         for p in m.parameters(): p.data = p.data*(1 + .1*i)
     for outputs in ('full', 'diag', 'trace'):
-        torch.testing.assert_close(ntk_many(nets, x, outputs), torch.stack([ntk(m, x, outputs=outputs) for m in nets]), rtol=1e-9, atol=1e-9)
-    attention = [nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), nn.Flatten(), nn.Linear(40, 2)).double().eval() for _ in range(2)]
+        one_by_one = torch.stack([ntk(m, x, outputs=outputs) for m in nets])
+        torch.testing.assert_close(ntk_many(nets, x, outputs), one_by_one, rtol=1e-9, atol=1e-9)
+    def attend(): return nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True)
+    attention = [nn.Sequential(attend(), nn.Flatten(), nn.Linear(40, 2)).double().eval() for _ in range(2)]
     y = torch.randn(3, 5, 8, dtype=torch.float64)
     torch.testing.assert_close(ntk_many(attention, y), torch.stack([ntk(m, y) for m in attention]), rtol=1e-9, atol=1e-9)
 
@@ -297,8 +315,10 @@ def test_a_cost_of_relaxed_weights(kind):
 
 def small_stack():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Sequential(nn.Conv2d(4, 4, 3, stride=2), nn.Tanh()),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 2)).double().eval(), torch.randn(4, 2, 7, 7, dtype=torch.float64)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                          nn.Sequential(nn.Conv2d(4, 4, 3, stride=2), nn.Tanh()),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 2)).double().eval()
+    return model, torch.randn(4, 2, 7, 7, dtype=torch.float64)
 
 class Doubled(nn.Linear):
     "A class of its own."

@@ -1,11 +1,14 @@
 """Score cells of NAS-Bench-201 without training, in small networks and some in full size: nbs/lens/proxy_nb201.csv, proxy_nb201_full.csv.
 
-    python tools/make_proxy_nb201.py [--cells 725] [--full 60] [--draws 60]     0.6 s a cell on one core, 5 s in full size; rows that are there are kept
+    python tools/make_proxy_nb201.py [--cells 725] [--full 60] [--draws 60]
+
+0.6 s a cell on one core, 5 s in full size and for draws; rows that are there are kept.
 
 The cells are those of the published table of proxies (nb201_zero_cost.npz) in an order drawn with seed 0; `cell` is the row of
 nasbench201.npz. Batch: the first 32 images of cifar10_exact4k.npz. Small: 8 channels, one cell a stage; `entropy` and `n_layers` are
-VKDNW's on 16 noise images of 16 x 16, seed 0; `jacov_again` has other weights (seed 1) and the next 32 images. Networks hold all edges, also dead ones, as those of the tables do.
-proxy_nb201_draws.csv has the Jacobian covariance of full networks four times more: `jacov_i` has weights of seed i and the images from 32*i on."""
+VKDNW's on 16 noise images of 16 x 16, seed 0; `jacov_again` has other weights (seed 1) and the next 32 images. Networks hold all
+edges, also dead ones, as those of the tables do. proxy_nb201_draws.csv has the Jacobian covariance of full networks four times more:
+`jacov_i` has weights of seed i and the images from 32*i on."""
 import argparse, csv
 from pathlib import Path
 import numpy as np
@@ -16,7 +19,8 @@ from nas_nb.lens.vkdnw import kaiming_fan_in_, vkdnw
 from nas_nb.space.cells import nb201_space
 
 WHERE = Path(__file__).resolve().parent.parent/'nbs/lens'
-SMALL, FULL = ('ntk', 'nwot', 'jacov', 'synflow', 'snip', 'grad_norm', 'flops', 'params'), ('nwot', 'jacov', 'synflow', 'snip', 'grad_norm', 'flops', 'params')
+FULL = 'nwot', 'jacov', 'synflow', 'snip', 'grad_norm', 'flops', 'params'
+SMALL = 'ntk', *FULL
 
 def batch(n=32, start=0):
     "n images from number `start` on, standardised by the means and deviations usual for CIFAR-10, and their labels."
@@ -38,7 +42,8 @@ def knowledge(g, seed=0):
 
 def one(cell, space, proxies, small):
     g = space.from_str(np.load(data_home()/'nasbench201.npz')['arch'][cell].decode())
-    def score(names, data, seed): return score_networks(lambda g, seed: space.build(g, seed, live=False), [g], *data, names, (seed,)).iloc[0].to_dict()
+    build = lambda g, seed: space.build(g, seed, live=False)
+    def score(names, data, seed): return score_networks(build, [g], *data, names, (seed,)).iloc[0].to_dict()
     again = dict(jacov_again=score(['jacov'], batch(start=32), 1)['jacov'], **knowledge(g)) if small else {}
     return dict(cell=cell, **score(proxies, batch(), 0), **again)
 
@@ -46,7 +51,8 @@ def draws(cell, space, count=4):
     "The Jacobian covariance of one cell with other weights and other images, `count` times."
     g = space.from_str(np.load(data_home()/'nasbench201.npz')['arch'][cell].decode())
     build = lambda g, seed: space.build(g, seed, live=False)
-    return dict(cell=cell, **{f'jacov_{i}': score_networks(build, [g], *batch(start=32*i), ['jacov'], (i,)).jacov[0] for i in range(1, count + 1)})
+    score = lambda i: score_networks(build, [g], *batch(start=32*i), ['jacov'], (i,)).jacov[0]
+    return dict(cell=cell, **{f'jacov_{i}': score(i) for i in range(1, count + 1)})
 
 def fill(path, cells, *how, row_of=one):
     "Add the rows that the table at `path` lacks, written as they come."

@@ -69,7 +69,8 @@ def per_channel(self:Outer, w, check=True):
     g, c = (torch.arange(k, device=top.device) for k in top.shape)
     e = self.d[top, :, g[:, None], :, c].permute(2, 0, 3, 1)*torch.where(scale == 0, scale, 1/scale)[:, None]
     if not check: return e
-    r = torch.randn(e.shape[0], e.shape[2], generator=torch.Generator().manual_seed(0)).to(e)      # compared in a random sum over samples, positions
+    # compared in a random sum over samples and positions
+    r = torch.randn(e.shape[0], e.shape[2], generator=torch.Generator().manual_seed(0)).to(e)
     sums = lambda t: torch.matmul(r.flatten(), t.transpose(-4, -3).flatten(-3, -2))                # [..., N, G, S, C] -> [..., G, C]
     off = sums(self.d) - w[:, 0, :, 0]*sums(e)
     scale = w[:, 0, :, 0].abs()*torch.matmul(r.abs().flatten(), e.abs().transpose(0, 1).flatten(1, 2))
@@ -83,6 +84,7 @@ def _linear(m, a, d):
     d = d.reshape(d.shape[0], n, 1, -1, c)
     return {'weight': Outer(a.reshape(n, 1, -1, m.in_features), d), 'bias': _bias(d)}
 
+# %% ../../nbs/lens/layer_factors.ipynb #2fc742f4
 def patches(m, a, ones=False):
     "What each position of the convolution `m` sees: a [N, C, ...] -> [N, groups, positions, C/groups*kernel], and a 1 if `ones`."
     mode = 'constant' if m.padding_mode == 'zeros' else m.padding_mode
@@ -97,14 +99,16 @@ def patches(m, a, ones=False):
     if ones: u[:, :, -1] = 1
     return u.mT
 
+# %% ../../nbs/lens/layer_factors.ipynb #b15f7ba8
 def _conv(m, a, d):
     d = d.reshape(*d.shape[:2], m.groups, m.out_channels//m.groups, -1).mT
     if not m.weight.requires_grad: return {'weight': None, 'bias': _bias(d)}
     biased = m.bias is not None and m.bias.requires_grad
-    u = patches(m, a, biased)                                          # the bias's column beside the weight's, so that nobody has to put it there
+    u = patches(m, a, biased)                                          # the bias's column beside the weight's, to save a copy
     weight = Outer(u[..., :-1] if biased else u, d)
     return {'weight': weight, 'bias': Outer(u[..., -1:], d, constant=True)} if biased else {'weight': weight}
 
+# %% ../../nbs/lens/layer_factors.ipynb #b7ea5a37
 def _embedding(m, a, d):
     d = d.reshape(*d.shape[:2], 1, -1, m.embedding_dim)
     at = a.reshape(a.shape[0], 1, -1)
@@ -132,13 +136,16 @@ def _norm(m, a, d):
         shape, first, plain = (m.num_features,), 2, F.batch_norm(a, m.running_mean, m.running_var, eps=m.eps)
     return {'weight': _sum_to(d*plain, shape, first), 'bias': _sum_to(d, shape, first)}
 
+# %% ../../nbs/lens/layer_factors.ipynb #f8de9b47
 def _packed(m, a, d):
     d = d.reshape(d.shape[0], a.shape[0], 1, -1, 3*m.embed_dim)
     return {'in_proj_weight': Outer(a.reshape(a.shape[0], 1, -1, m.embed_dim), d), 'in_proj_bias': _bias(d)}
 
+# %% ../../nbs/lens/layer_factors.ipynb #a86048f2
 _convs, _norms = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
                                                     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-RULES = {nn.Linear: _linear, nn.modules.linear.NonDynamicallyQuantizableLinear: _linear, nn.MultiheadAttention: _packed, nn.Embedding: _embedding, **dict.fromkeys(_convs, _conv), **dict.fromkeys(_norms, _norm)}
+RULES = {nn.Linear: _linear, nn.modules.linear.NonDynamicallyQuantizableLinear: _linear, nn.MultiheadAttention: _packed,
+         nn.Embedding: _embedding, **dict.fromkeys(_convs, _conv), **dict.fromkeys(_norms, _norm)}
 
 def _attends(m): return type(m) is nn.MultiheadAttention and m._qkv_same_embed_dim and not m.add_zero_attn
 
@@ -202,7 +209,7 @@ _inside = threading.local()
 
 @contextmanager
 def exact_arithmetic(device, attention=True):
-    "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, attention, if there may be any, by its plain formula."
+    "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, `attention` by its plain formula."
     if getattr(_inside, 'kind', None) == device.type and torch.is_grad_enabled(): yield; return      # within one of its own
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     kind, _inside.kind = getattr(_inside, 'kind', None), device.type
@@ -215,7 +222,8 @@ def exact_arithmetic(device, attention=True):
         if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 # %% ../../nbs/lens/layer_factors.ipynb #1b77823b
-def _attention(m, note, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+def _attention(m, note, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+               is_causal=False):
     "Self-attention as `nn.MultiheadAttention` has it, samples first, its packed projection noted; every other call goes there."
     if not (query is key is value and query.dim() == 3 and key_padding_mask is None and (attn_mask is None or attn_mask.dim() == 2)):
         return type(m).forward(m, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
@@ -265,7 +273,8 @@ def _met(f, calls):
     return met
 
 # %% ../../nbs/lens/layer_factors.ipynb #69e51bc7
-def _channels_last(*ts): return [t.contiguous(memory_format=torch.channels_last) if t.device.type == 'cpu' and t.dim() == 4 else t for t in ts]
+def _channels_last(*ts):
+    return [t.contiguous(memory_format=torch.channels_last) if t.device.type == 'cpu' and t.dim() == 4 else t for t in ts]
 
 def _back(d, w, size, stride, padding, dilation, groups):
     "What a convolution with weight w, of inputs with positions `size`, passes back for d [B, C, ...]."
@@ -274,7 +283,7 @@ def _back(d, w, size, stride, padding, dilation, groups):
 
 def _ordinary(m, x): return m.padding_mode == 'zeros' and not isinstance(m.padding, str) and x.dim() == m.weight.dim()
 
-# %% ../../nbs/lens/layer_factors.ipynb #e4e8c86c
+# %% ../../nbs/lens/layer_factors.ipynb #c7af9de5
 class _Convolution(torch.autograd.Function):
     "A convolution of which only the input gradient is ever asked for."
     @staticmethod
@@ -324,13 +333,15 @@ def _sensitivities(root, edges, cotangents):
 # %% ../../nbs/lens/layer_factors.ipynb #f4c15b74
 def _state(model):
     "All parameters and buffers, once for each module that holds them: name -> tensor."
-    return {f'{n}.{k}' if n else k: t for n, m in model.named_modules() for k, t in (*m._parameters.items(), *m._buffers.items()) if t is not None}
+    return {f'{n}.{k}' if n else k: t for n, m in model.named_modules() for k, t in (*m._parameters.items(), *m._buffers.items())
+            if t is not None}
 
 def sample_jacobian(model, params, x, output_chunk=None):
     "The gradients of each output of each sample in `params` (name -> Parameter), by plain differentiation: name -> [O, N, size]."
     if not params: return {}
     state = _state(model)
-    frozen, names = {k: t.detach() for k, t in state.items()}, {k: [j for j, q in state.items() if q is p] for k, p in params.items()}   # tied: all places
+    frozen = {k: t.detach() for k, t in state.items()}
+    names = {k: [j for j, q in state.items() if q is p] for k, p in params.items()}      # tied: all places
     def outputs(values, one):
         tied = {j: values[k] for k in values for j in names[k]}
         return functional_call(model, {**frozen, **tied}, (one[None],), tie_weights=False)[0].reshape(-1)
@@ -352,9 +363,9 @@ class FactorPlan:
     """How the gradients of each trainable parameter of `model` are had, decided on the first samples of `x` [N, ...].
 
     `.ruled` (names with factors), `.plain` (names by plain Jacobian), `.outputs` (O), `.head` (weight [O, C] of a last dense layer, or
-    None), `.channelwise` (names whose factors are `Outer.per_channel` of it), `.elsewhere` (plain names that `factors` is to leave out; empty).
-    `rules=False`: all plain. Raises
-    what `check_model` and `check_input` raise; ValueError where the first sample's output depends on the rest of the batch, or no parameter influences it."""
+    None), `.channelwise` (names whose factors are `Outer.per_channel` of it), `.elsewhere` (plain names that `factors` is to leave out;
+    empty). `rules=False`: all plain. Raises what `check_model` and `check_input` raise; ValueError where the first sample's output depends
+    on the rest of the batch, or no parameter influences it."""
     def __init__(self, model, x, rules=True):
         self.params, self.plain = trainable(model), []
         check_model(model); check_input(model, x)
@@ -413,7 +424,7 @@ def _verify(self, f, few, calls):
         g = torch.zeros_like(got) if g is None else g.flatten().double()
         if not float((got - g).norm()) <= 20*math.sqrt(eps)*float(g.norm()) + noise:
             self.ruled.remove(k); self.plain.append(k)
-        elif self.head is not None and len(uses[k]) == 1 and isinstance(uses[k][0], Outer) and uses[k][0].per_channel(self.head) is not None:
+        elif self.head is not None and len(uses[k]) == 1 and isinstance(u := uses[k][0], Outer) and u.per_channel(self.head) is not None:
             self.channelwise.add(k)
 
 FactorPlan._compare, FactorPlan._verify = _compare, _verify
@@ -522,7 +533,7 @@ def _proved(self, one):
         if type(before) in _convs and before.out_channels == last.in_features: self.channelwise = set(self.owners.get(before, {}).values())
     return True
 
-# %% ../../nbs/lens/layer_factors.ipynb #715e26b6
+# %% ../../nbs/lens/layer_factors.ipynb #c0b8c2c4
 def _slope(m, a, h):
     "The derivative of an elementwise layer from its input a and output h; None where it is 1."
     if isinstance(m, (nn.Identity, nn.Dropout)): return None
@@ -550,7 +561,7 @@ def _pull(m, a, h, d, own):
         a = a.detach().requires_grad_()
         return _sensitivities(m(a), [a], d)[0]
 
-# %% ../../nbs/lens/layer_factors.ipynb #8ba26b17
+# %% ../../nbs/lens/layer_factors.ipynb #854415fc
 def _forward(chain, x):
     "The layers of a stack one after the other: [(layer, input, output), ...]."
     steps = []

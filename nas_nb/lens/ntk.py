@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 from torch import nn
-from .layer_factors import (FactorPlan, Outer, PlanChanged, _chain, _forward, _leaves, _pointwise, _pull, check_input, exact_arithmetic, record,
-                                       sample_jacobian, trainable)
+from .layer_factors import (FactorPlan, Outer, PlanChanged, _chain, _forward, _leaves, _pointwise, _pull, check_input,
+                                       exact_arithmetic, record, sample_jacobian, trainable)
 
 # %% ../../nbs/lens/ntk.ipynb #36bfcb38
 _TILE = 256                                                            # rows of a tile: 256 kB in float32, stays in cache
@@ -83,6 +83,7 @@ class _Unit:
 class _NotAProduct(PlanChanged):
     "Sensitivities that were channelwise on the samples the plan was made on are not on others."
 
+# %% ../../nbs/lens/ntk.ipynb #beb71131
 def _counts(shape, n, O, outputs, same=True):
     "Operations of the three ways of one layer for n samples squared (half of them if `same`) and O outputs: a dict."
     G, S, K, C = shape
@@ -94,7 +95,8 @@ def _counts(shape, n, O, outputs, same=True):
 def _choose(shape, n, O, outputs, channelwise):
     "The way with the fewest operations: 'pairs', 'gradients', or, if allowed, 'channels'."
     count, (G, S, _, _) = _counts(shape, n, O, outputs), shape
-    count['pairs'] += 15*n*n*S*S*G*(O*O if outputs == 'full' else O if outputs == 'diag' else 1)   # an element written costs far more than a step of a sum
+    # an element written costs far more than a step of a sum
+    count['pairs'] += 15*n*n*S*S*G*(O*O if outputs == 'full' else O if outputs == 'diag' else 1)
     if not channelwise: del count['channels']
     return min(count, key=count.get)
 
@@ -115,9 +117,9 @@ def _beside(us):
     "Inputs u [N, G, S, k] of several parameters in one tensor, positions running fastest where they do so in the first."
     if len(us) == 1: return us[0]
     a, b = us[0], us[1]
-    if len(us) == 2 and a.stride() == b.stride() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():
-        k = a.shape[3] + b.shape[3]
-        if a.storage_offset() + a.shape[3]*a.stride(3) == b.storage_offset(): return a.as_strided((*a.shape[:3], k), a.stride())    # they are already
+    here = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.stride() == b.stride()
+    if len(us) == 2 and here and a.storage_offset() + a.shape[3]*a.stride(3) == b.storage_offset():       # they are already
+        return a.as_strided((*a.shape[:3], a.shape[3] + b.shape[3]), a.stride())
     N, G, S, k = *us[0].shape[:3], sum(u.shape[3] for u in us)
     out = us[0].new_empty(N, G, k, S).mT if us[0].mT.is_contiguous() else us[0].new_empty(N, G, S, k)
     for part, u in zip(out.split([u.shape[3] for u in us], 3), us): part.copy_(u)
@@ -213,13 +215,15 @@ def _sizes(plan, x, n, outputs, split):
     outers = [u.outer for u in units if u.outer is not None]
     parts = [p for ps in uses.values() for p in ps]
     plain = sum(plan.params[k].numel() for k in plan.plain if k not in plan.elsewhere)
-    kept = sum(u.gradients.numel()*(1 if u.head is not None else O) for u in units if u.gradients is not None) + sum(o.u.numel() + O*o.d.numel() for o in outers)
+    kept = sum(u.gradients.numel()*(1 if u.head is not None else O) for u in units if u.gradients is not None)
+    kept += sum(o.u.numel() + O*o.d.numel() for o in outers)
     once = sum(saved) + 2*sum(p.u.numel() for p in parts if isinstance(p, Outer)) + 2*O*plain
     kept_d, largest = sum({id(p.d): p.d.numel() for p in parts if isinstance(p, Outer)}.values()), max(saved, default=0)
     each = kept_d + 2*largest if plan.chain else 2*kept_d + 3*largest        # autograd holds more than the loop does
     each += sum(u.gradients.numel() for u in units if u.gradients is not None) + (sum(saved) if plain else 0)
     lazy = [O*o.shape[0]*o.shape[2] for u in units if u.outer is not None and not u.pairs for o in [u.outer]]
-    lazy += [u.head.shape[1] + (O*O if outputs == 'full' else O) + u.gradients.numel()*(outputs == 'trace') for u in units if u.head is not None]
+    lazy += [u.head.shape[1] + (O*O if outputs == 'full' else O) + u.gradients.numel()*(outputs == 'trace')
+             for u in units if u.head is not None]
     return kept, once, each, max(lazy, default=0)
 
 # %% ../../nbs/lens/ntk.ipynb #85ff3f8e
@@ -275,7 +279,8 @@ def _room_for(u, n, O):
     if u.form: return _Unit(u.names, None, grow(u.outer.d, math.prod(u.outer.shape)//u.outer.shape[1]), head=u.head)
     if u.outer is None: return _Unit(u.names, None, grow(u.gradients))
     d = u.outer.d[:, :1].expand(-1, n, *u.outer.d.shape[2:]) if u.outer.identity else grow(u.outer.d)
-    return _Unit(u.names, Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity), None, u.pairs, ones=u.ones)
+    outer = Outer(u.outer.u.new_empty(n, *u.outer.u.shape[1:]), d, u.outer.rows, u.outer.identity)
+    return _Unit(u.names, outer, None, u.pairs, ones=u.ones)
 
 def _put(s, u, at, o):
     if u.head is not None and o.start == 0 and o.stop >= len(u.head): u.formed(s.gradients[:, at]); return
@@ -309,6 +314,7 @@ def _prepare(model, x1, x2, dtype):
                              f'allowed are equal ones')
     return model, x1, x2
 
+# %% ../../nbs/lens/ntk.ipynb #fb761172
 _METHODS = 'auto', 'factored', 'jacobian', 'ntvp'
 
 def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memory=2**30, dtype=None):
@@ -318,14 +324,16 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     layers=True: dict, parameter name -> its component; they sum to the kernel. No gradient flows through the result.
     method: 'auto', layer factors, and for parameters without a rule what costs fewer operations; 'factored', ValueError if there are
     such; 'jacobian', plain Jacobians and their product; 'ntvp', kernel-vector products, a derivative along each gradient.
-    memory: bytes beyond model, data and result. dtype: compute in it (a copy of the model); half precision only if asked for. Errors: ValueError or TypeError naming model, x1, x2, outputs, method or memory. Source: Engel et al. (2022)."""
+    memory: bytes beyond model, data and result. dtype: compute in it (a copy of the model); half precision only if asked for.
+    Errors: ValueError or TypeError naming model, x1, x2, outputs, method or memory. Source: Engel et al. (2022)."""
     if outputs not in ('full', 'trace', 'diag'): raise ValueError(f"outputs={outputs!r}: allowed are 'full', 'trace', 'diag'")
     if method not in _METHODS: raise ValueError(f'method={method!r}: allowed are {", ".join(map(repr, _METHODS))}')
     model, x1, x2 = _prepare(model, x1, x2, dtype)
     x2 = x1 if x2 is None else x2
-    with torch.inference_mode(False), exact_arithmetic(x1.device, attention=False): total = _single(model, x1, x2, outputs, layers, method, memory)
+    task = model, x1, x2, outputs, layers, method, memory
+    with torch.inference_mode(False), exact_arithmetic(x1.device, attention=False): total = _single(*task)
     if total is None:
-        with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(model, x1, x2, outputs, layers, method, memory)
+        with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(*task)
     order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
     total = {k: b.permute(order) for k, b in total.items()}
     _check_finite(total, x1 is x2)
@@ -360,8 +368,10 @@ def _split_plain(plan, x1, x2, outputs):
     plan.elsewhere = set(plan.plain)
     return plan
 
-# %% ../../nbs/lens/ntk.ipynb #69de21f9
-_STRIP = 128                                                           # rows: still fast as a product, small enough to save the lower half
+# %% ../../nbs/lens/ntk.ipynb #37d97bd8
+def _strip(x):
+    "Rows of a strip: enough for a fast product on all threads, few enough to save the lower half."
+    return 128*torch.get_num_threads() if x.device.type == 'cpu' else 2048
 
 def _dense(model, x):
     "The layers of `model` if it is a stack of dense and elementwise layers that ends in one output, and x [N, K]; else None."
@@ -379,19 +389,19 @@ def _pairs_of_one(stack, trained, x):
             if m is trained[0]: return steps[-1][2], found
         d = m.weight.detach().expand(len(x), -1) if d is None else _pull(m, a, h, d[None], False)[0]
 
-# %% ../../nbs/lens/ntk.ipynb #d8f17375
+# %% ../../nbs/lens/ntk.ipynb #28fe9b7a
 def _strips(rows, columns, n, m, same):
-    "The kernel [n, m] from the pairs of both sides, `_STRIP` rows at a time; if `same`, from the diagonal on, and mirrored."
-    K, one = rows[0][1].new_zeros(n, m), rows[0][1].new_ones(())
-    for r in range(0, n, _STRIP):
-        at, on = slice(r, r + _STRIP), slice(r if same else 0, m)
+    "The kernel [n, m] from the pairs of both sides, some rows at a time; if `same`, from the diagonal on, and mirrored."
+    K, one, step = rows[0][1].new_zeros(n, m), rows[0][1].new_ones(()), _strip(rows[0][1])
+    for r in range(0, n, step):
+        at, on = slice(r, r + step), slice(r if same else 0, m)
         block = K[at, on]
         for (layer, a, d), (_, b, e) in zip(rows, columns):
             biased = layer.bias is not None and layer.bias.requires_grad
             A = torch.addmm(one, a[at], b[on].mT, beta=int(biased)) if layer.weight.requires_grad else one.expand(block.shape)
             if d is None: block.add_(A)
             else: block.addcmul_(A, d[at] @ e[on].mT)
-        if same and r + _STRIP < n: K[r + _STRIP:, at] = K[at, r + _STRIP:].mT
+        if same and r + step < n: K[r + step:, at] = K[at, r + step:].mT
     return K
 
 @torch.no_grad()
@@ -401,7 +411,7 @@ def _single(model, x1, x2, outputs, layers, method, memory):
     n, m, same = len(x1), len(x2), x1 is x2
     trained = [k for k in stack if any(p is not None and p.requires_grad for p in k._parameters.values())]
     wide = sum(max(k.in_features, k.out_features) for k in stack if type(k) is nn.Linear)
-    if (4*(n + (0 if same else m))*wide + 3*_STRIP*m)*x1.element_size() > memory: return None
+    if (4*(n + (0 if same else m))*wide + 3*_strip(x1)*m)*x1.element_size() > memory: return None
     f, rows = _pairs_of_one(stack, trained, x1)
     _finite(f, 0, 'x1')
     if same: columns = rows
@@ -415,7 +425,8 @@ def _finite(f, first, name):
     if math.isfinite(f.detach().sum()): return
     bad = (~torch.isfinite(f)).flatten(1).any(1) if f.dim() > 1 else ~torch.isfinite(f)
     if bool(bad.any()):
-        raise ValueError(f'model: the output for sample {first + int(bad.nonzero()[0])} of {name} is NaN or infinite; allowed are finite outputs')
+        worst = first + int(bad.nonzero()[0])
+        raise ValueError(f'model: the output for sample {worst} of {name} is NaN or infinite; allowed are finite outputs')
 
 def _check_finite(total, same):
     "ValueError naming a sample whose gradients are not finite though its outputs are."
@@ -620,8 +631,8 @@ def kernel_regression(K, y, K_test, *, ridge=None, time=None, f0=0., f0_test=0.)
     """Predictions of a kernel for new samples: ridge regression, or gradient flow on half the summed squared error at `time`.
 
     K [N, N] or [N, N, O, O], y [N] or [N, O], K_test [M, N] or [M, N, O, O] (new samples first) -> [M] or [M, O] float64. A
-    kernel [N, N] serves each column of y. f0, f0_test: outputs before training, shaped as y and the result. Give one of `ridge` >= 0 and `time` >= 0 (inf: the
-    end of training). ValueError naming the argument; ridge=0 with a singular K is refused."""
+    kernel [N, N] serves each column of y. f0, f0_test: outputs before training, shaped as y and the result. Give one of `ridge` >= 0
+    and `time` >= 0 (inf: the end of training). ValueError naming the argument; ridge=0 with a singular K is refused."""
     if (ridge is None) == (time is None): raise ValueError(f'ridge={ridge}, time={time}: give one of them')
     value = ridge if time is None else time
     if not value >= 0 or ridge == math.inf: raise ValueError(f'{"ridge" if time is None else "time"}={value!r}: allowed is a number >= 0')
