@@ -70,7 +70,7 @@ class NetworkPart(nn.Module):
         optimizer.zero_grad()
         return self
 
-# %% ../../nbs/cost/regress.ipynb #39c97423
+# %% ../../nbs/cost/regress.ipynb #e72bdf4c
 class _CentreSum(torch.autograd.Function):
     """`(f, k)`: f = sum_j alpha_j k_j [n] and k_j = exp(-|z - Z_j|^2/2 length) [n, m] at z [n, d], centres Z [m, d].
 
@@ -124,7 +124,7 @@ class GaussianPart(nn.Module):
         unseen = (1 - (k @ self.white.double()).square().sum(-1)).clamp_min(0)        # of the prior, what the centres do not see
         return (self.noise*(1 + self.ratio*unseen + (k @ self.root.double()).square().sum(-1)).sqrt()).to(x.dtype)
 
-# %% ../../nbs/cost/regress.ipynb #a1978446
+# %% ../../nbs/cost/regress.ipynb #e67eb201
 _RATIOS = np.logspace(-4, 5, 28)
 
 def _evidence(s, u, n, rest, ratios=_RATIOS):
