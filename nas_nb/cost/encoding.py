@@ -41,6 +41,7 @@ def _reach(there, edges, inputs, outputs):
         backward[s] = 1 - miss_b[s]
     return forward, backward
 
+# %% ../../nbs/cost/encoding.ipynb #43dc6e73
 def _read(space, w, group, live):
     """`(x, run, connected)` of weights w [rows, n_ops, ...] of `group` under the reading `live`: what counts as running of them; the same
     without 'none'; and the probability [...] that some output is reached from an input."""

@@ -185,6 +185,9 @@ def _predict(self, space, genotypes, level=.9):
     return pd.DataFrame(dict(genotype=[space.to_str(g) for g in genotypes], predicted=p, low=p*np.exp(-z), high=p*np.exp(z),
                              extrapolated=(p < .95*low) | (p > 1.05*high)))
 
+Fit.require, Fit.predict = _require, _predict
+
+# %% ../../nbs/cost/predictor.ipynb #160db586
 def _compare(self, space, measured, level=.9):
     """Measured networks beside their predictions: `Fit.predict` with a column measured, in the order given.
 
@@ -196,7 +199,7 @@ def _compare(self, space, measured, level=.9):
     out = self.predict(space, [space.from_str(s) for s in measured['genotype']], level)
     return out.assign(measured=measured['latency_ms'].to_numpy())
 
-Fit.require, Fit.predict, Fit.compare = _require, _predict, _compare
+Fit.compare = _compare
 
 # %% ../../nbs/cost/predictor.ipynb #68b803fb
 def _save_fit(self, path):
