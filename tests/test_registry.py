@@ -1,4 +1,5 @@
-"""The table of methods from outside: every row gives fresh arguments, keeps to its level, goes together with a cost or says why not, and is run by the main job."""
+"""The table of methods from outside: every row gives fresh arguments, keeps to its level, goes together with a cost or says
+why not, and is run by the main job."""
 import os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_the_row_of_the_main_job_is_what_the_job_always_did():
 
 @pytest.mark.parametrize('name', METHODS)
 def test_a_method_goes_with_a_cost_or_says_why_not(name, task, price):
-    search = lambda **how: run_search(mini_space().supernet(0), task, **with_cost(name, settings(name, mini_space(), BUDGET, SearchRecipe(a_lr=.1)), price, **how))
+    own = lambda: settings(name, mini_space(), BUDGET, SearchRecipe(a_lr=.1))
+    search = lambda **how: run_search(mini_space().supernet(0), task, **with_cost(name, own(), price, **how))
     result = search(lam=0.)
     least, most = price.bounds()
     assert least <= result.history[-1]['cost'] <= most, 'the expected cost of no distribution'
@@ -71,7 +73,8 @@ def test_a_method_of_a_user_is_one_call(tmp_path):
         with Job(JobConfig(method='mine', samples=20, budget='1ms'), tmp_path/'run') as job: assert job.settings()['level'] == 'one'
     finally: del METHODS['mine']
 
-@pytest.mark.parametrize('how, message', [(dict(method='evolution'), "method='evolution': unknown; allowed are darts"), (dict(method='darts-pt', budget='1ms'), 'Perturbation keeps no limit')])
+@pytest.mark.parametrize('how, message', [(dict(method='evolution'), "method='evolution': unknown; allowed are darts"),
+                                          (dict(method='darts-pt', budget='1ms'), 'Perturbation keeps no limit')])
 def test_the_job_refuses_before_any_work(tmp_path, how, message):
     with pytest.raises(ValueError, match=message): Job(JobConfig(**how), tmp_path/'run')
     assert not (tmp_path/'run').exists()
@@ -83,9 +86,10 @@ def measured(tmp_path_factory):
     with Job(config('gumbel'), folder) as job: job.predictor()
     return folder
 
-def config(method): return JobConfig(method=method, samples=24, epochs=1, retrain_epochs=1, channels=2, lambdas=(.5,), randoms=1, background=0)
+def config(method):
+    return JobConfig(method=method, samples=24, epochs=1, retrain_epochs=1, channels=2, lambdas=(.5,), randoms=1, background=0)
 
-@pytest.mark.parametrize('method', ['darts', 'maxw', 'darts-pt'])
+@pytest.mark.parametrize('method', ['darts', 'maxw', 'darts-pt', 'r-darts'])
 def test_the_job_runs_a_method_and_its_report_names_it(measured, tmp_path, method):
     import json, shutil
     shutil.copytree(measured, tmp_path/'run')
@@ -97,7 +101,8 @@ def test_the_job_runs_a_method_and_its_report_names_it(measured, tmp_path, metho
     with pytest.raises(ValueError, match=f"method: '{method}' there, 'rarts' now"): Job(config('rarts'), tmp_path/'run', resume=True)
 
 def test_list_is_a_table_for_a_terminal():
-    done = subprocess.run([sys.executable, '-c', 'from nas_nb.search.cli import main; main()', '--list'], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    command = [sys.executable, '-c', 'from nas_nb.search.cli import main; main()', '--list']
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0].split()[:4] == ['name', 'paper', 'challenge', 'level'] and len(lines) == 1 + len(METHODS)
     assert max(map(len, lines)) <= 120 and not done.stderr
