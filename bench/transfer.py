@@ -4,7 +4,7 @@
 
 Needs nb201_latency.npz, nasbench201.npz, fbnet_latency.npz, nb201_latency_subset1999.npz and nb201_latency_energy_pi5.npz in $NAS_NB_DATA.
 
-Each device in turn is left out with all its batch sizes. The prior is fitted to the others; its rank and width are chosen there, again by
+Each device in turn is left out with all its batch sizes, and the prior is fitted to the others; its error bars are scaled there, again by
 leaving out devices, so no latency of the device that is judged takes part. Then 10, 20 or 50 of its architectures are measured: drawn at
 random, or chosen by the prior among 1,000 random ones. All methods see the same measurements and are judged by the rank correlation on all
 architectures that were not measured and are no isomorphic twin of one that was. Five draws (--quick: one, on five devices).
@@ -12,15 +12,16 @@ architectures that were not measured and are no isomorphic twin of one that was.
 Peers: `components`, ridge regression of the log-latency on the first six principal components of the known devices' standardised
 log-latencies (penalty 0.1, of 0, 0.03, 0.1, 0.3 and 1 the best on these very tables at 20 random cells and within 0.001 of the best at 10;
 without penalty 0.892 and 0.955); `nearest`, the known device with the best rank correlation on the measured architectures;
-`scratch`, ridge regression on one-hot operations and live operations with leave-one-out penalty.
-`fresh` are devices of other sources that played no part in the design of the method, with all 26 columns known.
+`scratch`, ridge regression with leave-one-out penalty on the features that the prior is given as well (NAS-Bench-201: one-hot operations,
+live operations and graph features; FBNet: one-hot operations).
+`fresh` are devices of other sources, with all 26 columns known; no constant of the method was tried on them.
 A full run writes nbs/cost/transfer.csv."""
 import argparse, json
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from nas_nb.core.data import data_home
 from nas_nb.core.run import atomic_write
-from nas_nb.cost.encoding import encode
+from nas_nb.cost.encoding import encode, graph_features
 from nas_nb.cost.predictor import spearman
 from nas_nb.cost.transfer import DevicePrior
 from nas_nb.space.cells import nb201_space
@@ -34,6 +35,14 @@ def family(column):
     name, _, batch = column.rpartition('_')
     return name if batch in ('1', '32', '64', '256') and name != 'essential_ph' else column
 
+def standard(X):
+    "Columns of `X` [n, d] with mean 0 and deviation 1; constant ones left out."
+    return ((X - X.mean(0))/X.std(0).clip(1e-12))[:, X.std(0) > 1e-9]
+
+def even(X):
+    "`X` [n, d] in a unit in which its centred rows have mean squared length 1."
+    return X/np.sqrt(X.var(0).sum())
+
 def nb201(folder):
     "`(columns, latencies [n, D], features [n, d], twins [n, 2], numbers [n])` of the 12,500 cells that were measured on all devices."
     z, table = np.load(folder/'nb201_latency.npz'), np.load(folder/'nasbench201.npz')
@@ -41,7 +50,8 @@ def nb201(folder):
     number = {}
     canonical = [number.setdefault(space.genotype({'cell': row}).canonical(), len(number)) for row in ops.tolist()]
     hot = torch.eye(5)[torch.tensor(ops)]
-    features = np.concatenate([encode(space, {'cell': hot}, live).double().numpy() for live in (False, True)], 1)
+    edges = [encode(space, {'cell': hot}, live).double().numpy() for live in (False, True)]
+    features = np.concatenate([even(np.concatenate(edges, 1)), even(standard(graph_features(space, {'cell': hot}).double().numpy()))], 1)
     latencies = np.stack([z[c] for c in columns], 1).astype(float)
     whole = np.isfinite(latencies).all(1)
     return columns, latencies[whole], features[whole], np.stack([canonical, table['rep']], 1)[whole], np.flatnonzero(whole)
@@ -64,7 +74,7 @@ def fresh(folder, rows):
 
 def components(logs, number=6):
     "The first principal components [n, number] of standardised log-latencies, in units of the mean device."
-    Z = (logs - logs.mean(0))/logs.std(0)
+    Z = standard(logs)
     values, vectors = np.linalg.eigh(Z.T @ Z/len(Z))
     return Z @ vectors[:, ::-1][:, :number]/np.sqrt(Z.shape[1])
 
@@ -114,24 +124,24 @@ def picks_of(prior, sizes, seeds, allowed):
     return out
 
 def leave_out(table, columns, latencies, features, twins, quick):
-    "Every device in turn; rows as `judge`, with table, device, rank, width, spread."
+    "Every device in turn; rows as `judge`, with table, device, spread."
     families, rows = np.array([family(c) for c in columns]), []
     for name in [f for f in dict.fromkeys(families) if not quick or f in QUICK]:
         keep = families != name
-        prior = DevicePrior.fit(latencies[:, keep], groups=families[keep])
+        prior = DevicePrior.fit(latencies[:, keep], features, groups=families[keep])
         picks = picks_of(prior, SIZES[:2] if quick else SIZES, 1 if quick else SEEDS, np.arange(len(latencies)))
         for j in np.flatnonzero(~keep):
-            rows += [dict(table=table, device=columns[j], rank=prior.rank, width=prior.width, spread=prior.spread, **r)
+            rows += [dict(table=table, device=columns[j], spread=prior.spread, **r)
                      for r in judge(prior, latencies[:, keep], features, twins, latencies[:, j], picks)]
     return rows
 
 def strangers(folder, columns, latencies, features, twins, index):
     "The devices of `fresh`, with all of `columns` known."
     names, values = fresh(folder, index)
-    prior, rows = DevicePrior.fit(latencies, groups=[family(c) for c in columns]), []
+    prior, rows = DevicePrior.fit(latencies, features, groups=[family(c) for c in columns]), []
     for name, y in zip(names, values.T):
         picks = picks_of(prior, SIZES, SEEDS, np.flatnonzero(np.isfinite(y)))
-        rows += [dict(table='fresh', device=name, rank=prior.rank, width=prior.width, spread=prior.spread, **r)
+        rows += [dict(table='fresh', device=name, spread=prior.spread, **r)
                  for r in judge(prior, latencies, features, twins, y, picks)]
     return rows
 
@@ -143,7 +153,7 @@ def summary(rows):
 
 def write(rows):
     "nbs/cost/transfer.csv: means over the draws."
-    keys = ['table', 'device', 'rank', 'width', 'measured', 'design', 'method']
+    keys = ['table', 'device', 'measured', 'design', 'method']
     means = rows.groupby(keys)[['spread', 'spearman', 'error', 'within50', 'within90']].mean().reset_index()
     atomic_write(Path(__file__).resolve().parent.parent/'nbs/cost/transfer.csv', means.to_csv(index=False, float_format='%.4f'))
 

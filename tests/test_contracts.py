@@ -118,7 +118,7 @@ def transfer_cost(space):
     x = torch.cat([part('cost.predictor:encode')(space, {k: w.double() for k, w in space.one_hot(g).items()})[None]
                    for g in networks]).numpy()
     known = np.exp(.1*x @ generator.random((x.shape[1], 4)) + .01*generator.standard_normal((len(x), 4)))
-    prior = part('cost.transfer:DevicePrior').fit(known[:, :3], x, rank=2, width=.5)
+    prior = part('cost.transfer:DevicePrior').fit(known[:, :3], x, rank=2)
     rows = prior.choose(10)
     return part('cost.transfer:TransferCost')(prior.adapt(rows, known[rows, 3]), space)
 
