@@ -277,6 +277,7 @@ def test_many_outputs_without_a_rule_go_by_products():
     for outputs, w in (('full', want), ('trace', torch.einsum('nmoo->nm', want))):
         torch.testing.assert_close(ntk(model, x, outputs=outputs), w, rtol=1e-9, atol=1e-9)
     parts = ntk(model, x, layers=True)
+    assert not any(p.requires_grad for p in parts.values())
     assert set(parts) == {'a.weight', 'a.bias', 'w', 'b.weight', 'b.bias'}
     torch.testing.assert_close(sum(parts.values()), want, rtol=1e-9, atol=1e-9)
 

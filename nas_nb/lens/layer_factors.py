@@ -84,7 +84,7 @@ def _linear(m, a, d):
     d = d.reshape(d.shape[0], n, 1, -1, c)
     return {'weight': Outer(a.reshape(n, 1, -1, m.in_features), d), 'bias': _bias(d)}
 
-# %% ../../nbs/lens/layer_factors.ipynb #2fc742f4
+# %% ../../nbs/lens/layer_factors.ipynb #c73380e3
 def patches(m, a, ones=False):
     "What each position of the convolution `m` sees: a [N, C, ...] -> [N, groups, positions, C/groups*kernel], and a 1 if `ones`."
     mode = 'constant' if m.padding_mode == 'zeros' else m.padding_mode
@@ -99,7 +99,7 @@ def patches(m, a, ones=False):
     if ones: u[:, :, -1] = 1
     return u.mT
 
-# %% ../../nbs/lens/layer_factors.ipynb #b15f7ba8
+# %% ../../nbs/lens/layer_factors.ipynb #adc536af
 def _conv(m, a, d):
     d = d.reshape(*d.shape[:2], m.groups, m.out_channels//m.groups, -1).mT
     if not m.weight.requires_grad: return {'weight': None, 'bias': _bias(d)}
@@ -108,7 +108,7 @@ def _conv(m, a, d):
     weight = Outer(u[..., :-1] if biased else u, d)
     return {'weight': weight, 'bias': Outer(u[..., -1:], d, constant=True)} if biased else {'weight': weight}
 
-# %% ../../nbs/lens/layer_factors.ipynb #b7ea5a37
+# %% ../../nbs/lens/layer_factors.ipynb #b1b8c948
 def _embedding(m, a, d):
     d = d.reshape(*d.shape[:2], 1, -1, m.embedding_dim)
     at = a.reshape(a.shape[0], 1, -1)
@@ -136,12 +136,12 @@ def _norm(m, a, d):
         shape, first, plain = (m.num_features,), 2, F.batch_norm(a, m.running_mean, m.running_var, eps=m.eps)
     return {'weight': _sum_to(d*plain, shape, first), 'bias': _sum_to(d, shape, first)}
 
-# %% ../../nbs/lens/layer_factors.ipynb #f8de9b47
+# %% ../../nbs/lens/layer_factors.ipynb #f4bf1fcb
 def _packed(m, a, d):
     d = d.reshape(d.shape[0], a.shape[0], 1, -1, 3*m.embed_dim)
     return {'in_proj_weight': Outer(a.reshape(a.shape[0], 1, -1, m.embed_dim), d), 'in_proj_bias': _bias(d)}
 
-# %% ../../nbs/lens/layer_factors.ipynb #a86048f2
+# %% ../../nbs/lens/layer_factors.ipynb #66b8149b
 _convs, _norms = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm,
                                                     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 RULES = {nn.Linear: _linear, nn.modules.linear.NonDynamicallyQuantizableLinear: _linear, nn.MultiheadAttention: _packed,
@@ -205,6 +205,7 @@ class _Call:
     edge: object             # gradient edge of the output
     shape: tuple             # of the output
 
+# %% ../../nbs/lens/layer_factors.ipynb #3aa1a71d
 _inside = threading.local()
 
 @contextmanager
@@ -283,7 +284,7 @@ def _back(d, w, size, stride, padding, dilation, groups):
 
 def _ordinary(m, x): return m.padding_mode == 'zeros' and not isinstance(m.padding, str) and x.dim() == m.weight.dim()
 
-# %% ../../nbs/lens/layer_factors.ipynb #c7af9de5
+# %% ../../nbs/lens/layer_factors.ipynb #3bb82629
 class _Convolution(torch.autograd.Function):
     "A convolution of which only the input gradient is ever asked for."
     @staticmethod
@@ -404,6 +405,9 @@ def _compare(self, f1, f):
         raise ValueError('model: the output of sample 0 changes with the other samples of the batch, or at random; allowed are models that '
                          'treat each sample alone and give the same output twice')
 
+FactorPlan._compare = _compare
+
+# %% ../../nbs/lens/layer_factors.ipynb #da84d791
 def _is_last(c, f): return c.edge.node is f.grad_fn and f.dim() == 2 and isinstance(c.module, nn.Linear)
 
 def _verify(self, f, few, calls):
@@ -427,7 +431,7 @@ def _verify(self, f, few, calls):
         elif self.head is not None and len(uses[k]) == 1 and isinstance(u := uses[k][0], Outer) and u.per_channel(self.head) is not None:
             self.channelwise.add(k)
 
-FactorPlan._compare, FactorPlan._verify = _compare, _verify
+FactorPlan._verify = _verify
 
 # %% ../../nbs/lens/layer_factors.ipynb #6192efa2
 class PlanChanged(RuntimeError):
@@ -533,7 +537,7 @@ def _proved(self, one):
         if type(before) in _convs and before.out_channels == last.in_features: self.channelwise = set(self.owners.get(before, {}).values())
     return True
 
-# %% ../../nbs/lens/layer_factors.ipynb #c0b8c2c4
+# %% ../../nbs/lens/layer_factors.ipynb #19b9e94f
 def _slope(m, a, h):
     "The derivative of an elementwise layer from its input a and output h; None where it is 1."
     if isinstance(m, (nn.Identity, nn.Dropout)): return None
@@ -561,7 +565,7 @@ def _pull(m, a, h, d, own):
         a = a.detach().requires_grad_()
         return _sensitivities(m(a), [a], d)[0]
 
-# %% ../../nbs/lens/layer_factors.ipynb #854415fc
+# %% ../../nbs/lens/layer_factors.ipynb #acf1d135
 def _forward(chain, x):
     "The layers of a stack one after the other: [(layer, input, output), ...]."
     steps = []

@@ -83,7 +83,7 @@ class _Unit:
 class _NotAProduct(PlanChanged):
     "Sensitivities that were channelwise on the samples the plan was made on are not on others."
 
-# %% ../../nbs/lens/ntk.ipynb #beb71131
+# %% ../../nbs/lens/ntk.ipynb #89a19193
 def _counts(shape, n, O, outputs, same=True):
     "Operations of the three ways of one layer for n samples squared (half of them if `same`) and O outputs: a dict."
     G, S, K, C = shape
@@ -314,7 +314,7 @@ def _prepare(model, x1, x2, dtype):
                              f'allowed are equal ones')
     return model, x1, x2
 
-# %% ../../nbs/lens/ntk.ipynb #fb761172
+# %% ../../nbs/lens/ntk.ipynb #50f9824c
 _METHODS = 'auto', 'factored', 'jacobian', 'ntvp'
 
 def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memory=2**30, dtype=None):
@@ -335,7 +335,7 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     if total is None:
         with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(*task)
     order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
-    total = {k: b.permute(order) for k, b in total.items()}
+    total = {k: b.detach().permute(order) for k, b in total.items()}
     _check_finite(total, x1 is x2)
     return total if layers else total['']
 
@@ -368,7 +368,7 @@ def _split_plain(plan, x1, x2, outputs):
     plan.elsewhere = set(plan.plain)
     return plan
 
-# %% ../../nbs/lens/ntk.ipynb #37d97bd8
+# %% ../../nbs/lens/ntk.ipynb #637d8200
 def _strip(x):
     "Rows of a strip: enough for a fast product on all threads, few enough to save the lower half."
     return 128*torch.get_num_threads() if x.device.type == 'cpu' else 2048
@@ -389,7 +389,7 @@ def _pairs_of_one(stack, trained, x):
             if m is trained[0]: return steps[-1][2], found
         d = m.weight.detach().expand(len(x), -1) if d is None else _pull(m, a, h, d[None], False)[0]
 
-# %% ../../nbs/lens/ntk.ipynb #28fe9b7a
+# %% ../../nbs/lens/ntk.ipynb #638f288e
 def _strips(rows, columns, n, m, same):
     "The kernel [n, m] from the pairs of both sides, some rows at a time; if `same`, from the diagonal on, and mirrored."
     K, one, step = rows[0][1].new_zeros(n, m), rows[0][1].new_ones(()), _strip(rows[0][1])
