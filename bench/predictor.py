@@ -62,9 +62,9 @@ def load_ofa(home):
     runs = torch.as_tensor(np.arange(4)[None, None] < z['d'][:, :, None]).flatten(1).float()
     choice = torch.eye(9)[torch.as_tensor((z['ks'].astype(int)//2 - 1)*3 + np.searchsorted([3, 4, 6], z['e']))]
     x, pixels = (choice*runs[..., None]).flatten(1), torch.as_tensor((z['r'].astype(float)/224)**2).float()[:, None]
-    layers = torch.cat([x, pixels], 1)
-    return Data({k[4:]: z[k] for k in z.files if k.startswith('lat_')}, torch.cat([x, runs, pixels], 1),
-                {'layers': layers, 'layers by pixels': torch.cat([layers, x*pixels], 1)}, groups=classes(layers))
+    layers = torch.cat([x, runs, pixels], 1)
+    return Data({k[4:]: z[k] for k in z.files if k.startswith('lat_')}, layers,
+                {'layers': layers, 'layers by pixels': torch.cat([layers, x*pixels, runs*pixels], 1)}, groups=classes(layers))
 
 def load_hat(home):
     "Each set has its own networks: a device is a set. Features as they are, and with their products."
