@@ -123,11 +123,11 @@ def work(model, x, took, peak):
     return dict(gflop=ours['total']/1e9, gflop_tutorial=2*theirs['total']/1e9, share_of_peak=ours['total']/took/peak)
 
 def alternate(ours, peer, rounds, peer_rounds):
-    "Medians in ms and the largest relative difference of results."
+    "Medians in ms and the largest relative difference of results; who is first changes from round to round."
     a, b = ours(), None
-    times = ([], [])
+    times, sides = ([], []), [(0, ours), (1, peer)]
     for i in range(rounds):
-        for k, f in enumerate((ours, peer)):
+        for k, f in sides[::1 if i % 2 else -1]:
             if k == 1 and i >= peer_rounds: continue
             start = time.perf_counter(); out = f(); times[k].append(1e3*(time.perf_counter() - start))
             if k: b = out
@@ -172,16 +172,16 @@ def rows(args):
     model, x = make('single', 128 if args.quick else 256)
     weights = lambda: sum(v for k, v in ntk(model, x, outputs='trace', layers=True).items() if k.endswith('weight'))
     off = float((weights() - explicit(model, x)).abs().max()/explicit(model, x).abs().max())
-    ours, peer, _ = alternate(lambda: ntk(model, x, outputs='trace'), lambda: explicit(model, x), 41, 41)
-    yield dict(name=f'single_n{len(x)}_torchntk_explicit', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=41, difference=off,
+    ours, peer, _ = alternate(lambda: ntk(model, x, outputs='trace'), lambda: explicit(model, x), 401, 401)
+    yield dict(name=f'single_n{len(x)}_torchntk_explicit', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=401, difference=off,
                note='ours with biases; difference: of the weights alone')
     ours, peer, off = alternate(lambda: ntk(model, x, outputs='trace'), lambda: by_autograd(model, x), 5, 1)
     yield dict(name=f'single_n{len(x)}_torchntk_autograd', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off,
                **work(model, x, ours, peak_speed))
     n = 32 if args.quick else 64
     model, x = make('conv', n)
-    ours, peer, off = alternate(lambda: ntk(model, x), lambda: tutorial(model, x, x), 5 if args.quick else 9, 3)
-    yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=5, difference=off,
+    ours, peer, off = alternate(lambda: ntk(model, x), lambda: tutorial(model, x, x), *(5 if args.quick else 11,)*2)
+    yield dict(name=f'conv_16_32_64_n{n}_full', ours=ours, peer=peer, ratio=peer/ours, unit='ms', n=11, difference=off,
                **work(model, x, ours, peak_speed))
     a, b = (peak(who, 'conv', 64, args.threads) for who in ('ours', 'peer'))
     yield dict(name='conv_16_32_64_n64_peak', ours=a, peer=b, ratio=b/a, unit='MB', n=1)

@@ -251,8 +251,9 @@ def _layout(plan, x1, x2, outputs, split, memory):
     if left < once + each:
         raise ValueError(f'memory={memory:,} bytes: one sample against one needs at least {(fixed(1) + once + each)*size:,} bytes')
     at_once = O if left >= once + O*each else max(1, int((left - once)//each))
-    cache = max(1, 2**23//(once + at_once*each))                       # beyond some 8 million numbers a larger chunk is no faster
+    cache = max(1, 3*2**22//(once + at_once*each))                     # beyond some 12 million numbers a larger chunk is hardly faster
     chunk = max(1, min(t, cache, int(left//(once + at_once*each))))
+    chunk = math.ceil(t/math.ceil(t/chunk))                            # of equal size, as far as they can be
     return _Layout(t, chunk, at_once, max(t*lazy, min(2**22, (left - chunk*(once + at_once*each))//4)))
 
 # %% ../../nbs/lens/ntk.ipynb #5a588f51
@@ -371,7 +372,7 @@ def _split_plain(plan, x1, x2, outputs):
 # %% ../../nbs/lens/ntk.ipynb #637d8200
 def _strip(x):
     "Rows of a strip: enough for a fast product on all threads, few enough to save the lower half."
-    return 128*torch.get_num_threads() if x.device.type == 'cpu' else 2048
+    return max(128, 64*torch.get_num_threads()) if x.device.type == 'cpu' else 2048
 
 def _dense(model, x):
     "The layers of `model` if it is a stack of dense and elementwise layers that ends in one output, and x [N, K]; else None."
@@ -392,15 +393,14 @@ def _pairs_of_one(stack, trained, x):
 # %% ../../nbs/lens/ntk.ipynb #638f288e
 def _strips(rows, columns, n, m, same):
     "The kernel [n, m] from the pairs of both sides, some rows at a time; if `same`, from the diagonal on, and mirrored."
-    K, one, step = rows[0][1].new_zeros(n, m), rows[0][1].new_ones(()), _strip(rows[0][1])
+    K, step = rows[0][1].new_zeros(n, m), _strip(rows[0][1])
     for r in range(0, n, step):
         at, on = slice(r, r + step), slice(r if same else 0, m)
         block = K[at, on]
         for (layer, a, d), (_, b, e) in zip(rows, columns):
-            biased = layer.bias is not None and layer.bias.requires_grad
-            A = torch.addmm(one, a[at], b[on].mT, beta=int(biased)) if layer.weight.requires_grad else one.expand(block.shape)
-            if d is None: block.add_(A)
-            else: block.addcmul_(A, d[at] @ e[on].mT)
+            D = 1 if d is None else d[at] @ e[on].mT
+            if layer.weight.requires_grad: block.addcmul_(a[at] @ b[on].mT, D) if d is not None else block.add_(a[at] @ b[on].mT)
+            if layer.bias is not None and layer.bias.requires_grad: block.add_(D)
         if same and r + step < n: K[r + step:, at] = K[at, r + step:].mT
     return K
 
