@@ -14,7 +14,9 @@ log-latencies (penalty 0.1, of 0, 0.03, 0.1, 0.3 and 1 the best on these very ta
 without penalty 0.892 and 0.955); `nearest`, the known device with the best rank correlation on the measured architectures;
 `scratch`, ridge regression with leave-one-out penalty on the features that the prior is given as well (NAS-Bench-201: one-hot operations,
 live operations and graph features; FBNet: one-hot operations).
-`fresh` are devices of other sources, with all 26 columns known; no constant of the method was tried on them.
+`fresh` are devices of other sources, with all 26 columns known; no constant of the method was tried on them. The removal of noise from
+the known tables and the choice among three scales were tried on draws 0 and 1 of all 26 columns; draws 2 to 4, FBNet and `fresh` saw one
+version.
 A full run writes nbs/cost/transfer.csv."""
 import argparse, json
 from pathlib import Path

@@ -23,7 +23,7 @@ def test_same_seed_same_prior_and_order_of_measurements_does_not_matter():
     np.testing.assert_array_equal(a.choose(5), m[:5])
     p, q = a.adapt(m, new[m]), a.adapt(m[::-1], new[m[::-1]])
     np.testing.assert_allclose(p.median, q.median, rtol=1e-9)
-    np.testing.assert_allclose(p.log_std, q.log_std, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(p.deviation, q.deviation, rtol=1e-6, atol=1e-9)
 
 def test_units_do_not_matter():
     "A device in microseconds, or 1000 times slower, is the same device."
@@ -90,6 +90,17 @@ def test_features_learn_a_stranger_and_leave_a_relative_alone():
     assert reached(rich, stranger) > .95 > .5 > reached(plain, stranger)
     assert abs(reached(rich, new) - reached(plain, new)) < .01
 
+@pytest.mark.parametrize('power', (0., 1.))
+def test_the_scale_on_which_devices_are_sums_is_found(power):
+    "Devices that add up the costs of what runs, or multiply by them; the new one has costs of its own."
+    r = np.random.default_rng(4)
+    x, costs = r.integers(0, 2, (400, 8)).astype(float), r.uniform(.1, 1.2, (8, 7))
+    y = np.exp(x @ costs) if power == 0 else .3 + x @ costs
+    y = y*np.exp(.01*r.normal(size=y.shape))
+    prior, m, rest = DevicePrior.fit(y[:, :6], x), np.arange(30), np.arange(30, 400)
+    p = prior.adapt(m, y[m, 6])
+    assert p.power == power and spearman(p.median[rest], y[rest, 6]) > .98
+
 def test_two_devices_are_enough_and_one_is_not():
     known, _, new = devices()
     prior = DevicePrior.fit(known[:, :2])
@@ -102,7 +113,8 @@ def test_more_measurements_narrow_the_intervals():
     known, groups, new = devices()
     prior = DevicePrior.fit(known, groups=groups)
     order = np.random.default_rng(0).permutation(len(new))
-    width = [np.median(prior.adapt(order[:k], new[order[:k]]).log_std[order[100:]]) for k in (3, 10, 50)]
+    def width(p): return np.median(np.log(p.interval(.9)[1]/p.interval(.9)[0])[order[100:]])
+    width = [width(prior.adapt(order[:k], new[order[:k]])) for k in (3, 10, 50)]
     assert width[0] > width[1] > width[2]
 
 def test_features_reach_architectures_outside_the_table():
