@@ -181,12 +181,18 @@ def check_model(model):
         elif getattr(m, 'track_running_stats', False) and m.training:
             raise ValueError(f'{where} updates its statistics in train mode; call model.eval() first')
 
+def _trained(model):
+    "The parameters of `trainable`, without names (and twice where they are shared): what a quick look needs."
+    within = [model]
+    for m in within: within.extend(c for c in m._modules.values() if c is not None)
+    return [p for m in within for p in m._parameters.values() if p is not None and p.requires_grad]
+
+# %% ../../nbs/lens/layer_factors.ipynb #chkinput
 def check_input(model, x, name='x'):
     "TypeError or ValueError where the batch `x` [N, ...] does not suit the parameters of `model`."
     if not torch.is_tensor(x): raise TypeError(f'{name} is a {type(x).__name__}: allowed is a tensor [N, ...]')
     if x.dim() == 0 or len(x) == 0: raise ValueError(f'{name} has shape {tuple(x.shape)}: allowed is at least one sample, [N, ...]')
-    p = next((p for p in model.parameters() if p.requires_grad), None) if isinstance(model, nn.Module) else None
-    if p is None: p = next(iter(trainable(model).values()))            # says what is wrong
+    p = (isinstance(model, nn.Module) and _trained(model) or list(trainable(model).values()))[0]      # `trainable` says what is wrong
     if x.device != p.device: raise ValueError(f'{name} is on {x.device} and the model on {p.device}: allowed is one device')
     if not x.is_floating_point():
         if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()):
@@ -212,15 +218,16 @@ _inside = threading.local()
 def exact_arithmetic(device, attention=True):
     "Context: gradients on, autocast off, no TF32 in convolutions or products on CUDA, `attention` by its plain formula."
     if getattr(_inside, 'kind', None) == device.type and torch.is_grad_enabled(): yield; return      # within one of its own
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    kind, _inside.kind = getattr(_inside, 'kind', None), device.type
-    if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    kind, _inside.kind, cuda = getattr(_inside, 'kind', None), device.type, device.type == 'cuda'
+    if cuda:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         cast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
         with torch.enable_grad(), cast, sdpa_kernel(SDPBackend.MATH) if attention else nullcontext(): yield
     finally:
         _inside.kind = kind
-        if device.type == 'cuda': torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        if cuda: torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 # %% ../../nbs/lens/layer_factors.ipynb #1b77823b
 def _attention(m, note, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
@@ -376,7 +383,7 @@ class FactorPlan:
         for m in model.modules():
             mine = {key: ours[p] for key, p in m._parameters.items() if p in ours}
             if mine and rules and _ruled(m): self.modules.append(m); self.owners[m] = mine
-        self.chain, self.sample = _chain(model, self.owners) if rules else None, None
+        self.chain, self.sample = _chain(model) if rules else None, None
         with exact_arithmetic(x.device):
             if not self._proved(x[:1]): self.chain = None; self._decide(x[:1], x[:2])
 
@@ -486,8 +493,8 @@ def factors(self, x, outputs=slice(None)):
 FactorPlan.factors = factors
 
 # %% ../../nbs/lens/layer_factors.ipynb #16d634eb
-_pointwise = (nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-              nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
+_pointwise = {nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+              nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish}
 _pools = {getattr(nn, f'{kind}Pool{k}d') for kind in ('Avg', 'Max', 'AdaptiveAvg', 'AdaptiveMax') for k in (1, 2, 3)}
 _batchnorms = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
@@ -498,16 +505,21 @@ def _untouched(m):
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return not hooks and not {'forward', '_conv_forward'} & set(vars(m))
 
-def _chain(model, owners):
+def _known(m):
+    "Whether a layer can stand in a plain stack."
+    kind = type(m)
+    if kind in RULES: return kind is not nn.MultiheadAttention and _ruled(m)
+    return kind in _pointwise or kind in _pools and not getattr(m, 'return_indices', False) or kind is nn.Flatten and m.start_dim >= 1
+
+def _chain(model):
     "The layers of a plain stack (`nn.Sequential` of known layers, nested or not, each parameter in one place) in order; else None."
-    leaves, of = _leaves(model), nn.modules.module
-    params = [p for m in leaves for p in m._parameters.values() if p is not None]
-    known = all(type(m) in _pointwise or type(m) in _pools and not getattr(m, 'return_indices', False) or
-                type(m) is nn.Flatten and m.start_dim >= 1 or
-                type(m) in RULES and type(m) is not nn.MultiheadAttention and _ruled(m) for m in leaves)
+    of, leaves = nn.modules.module, _leaves(model)
+    hooked = of._global_forward_hooks or of._global_forward_pre_hooks or of._global_backward_hooks or of._global_backward_pre_hooks
+    if hooked or not all(map(_known, leaves)): return None
+    params, within = [p for m in leaves for p in m._parameters.values() if p is not None], [model]
     once = len({id(p) for p in params}) == len(params) and all(type(p) is nn.Parameter for p in params)
-    hooked = any((of._global_forward_hooks, of._global_forward_pre_hooks, of._global_backward_hooks, of._global_backward_pre_hooks))
-    return leaves if known and once and not hooked and all(map(_untouched, model.modules())) else None
+    for m in within: within.extend(c for c in m._modules.values() if c is not None)              # all modules, as they are found
+    return leaves if once and all(map(_untouched, within)) else None
 
 def _samples_first(m, a):
     "Whether this layer treats the first axis of its input `a` as that of samples."

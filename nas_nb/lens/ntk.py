@@ -7,6 +7,7 @@ __all__ = ['ntk', 'ntk_matvec', 'ntk_trace', 'NTKSpectrum', 'kernel_regression']
 
 # %% ../../nbs/lens/ntk.ipynb #9c60d294
 import copy, math
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 from torch import nn
-from .layer_factors import (FactorPlan, Outer, PlanChanged, _chain, _forward, _leaves, _pointwise, _pull, check_input,
+from .layer_factors import (FactorPlan, Outer, PlanChanged, _chain, _forward, _leaves, _pointwise, _pull, _trained, check_input,
                                        exact_arithmetic, record, sample_jacobian, trainable)
 
 # %% ../../nbs/lens/ntk.ipynb #36bfcb38
@@ -298,7 +299,9 @@ def _put(s, u, at, o):
 # %% ../../nbs/lens/ntk.ipynb #0f2750bd
 def _prepare(model, x1, x2, dtype):
     "Model and data of one type; errors for half precision that nobody asked for, and for data that do not fit each other."
-    kinds = {p.dtype for p in trainable(model).values()}
+    found = _trained(model) if isinstance(model, nn.Module) else []
+    kinds = {p.dtype for p in found}
+    if not found or any(kind.is_complex for kind in kinds): trainable(model)                   # says what is wrong
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f'dtype={dtype!r}: allowed is a floating torch.dtype or None')
     if dtype is None and (len(kinds) > 1 or kinds & {torch.float16, torch.bfloat16}):
@@ -332,7 +335,8 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     model, x1, x2 = _prepare(model, x1, x2, dtype)
     x2 = x1 if x2 is None else x2
     task = model, x1, x2, outputs, layers, method, memory
-    with torch.inference_mode(False), exact_arithmetic(x1.device, attention=False): total = _single(*task)
+    bare = x1.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')           # nothing to switch off
+    with torch.inference_mode(False), nullcontext() if bare else exact_arithmetic(x1.device, attention=False): total = _single(*task)
     if total is None:
         with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(*task)
     order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
@@ -379,7 +383,7 @@ def _dense(model, x):
     stack = _leaves(model)
     if x.dim() != 2 or type(stack[-1]) is not nn.Linear or stack[-1].out_features != 1: return None
     if not all(type(m) is nn.Linear or type(m) in _pointwise and not (m.training and getattr(m, 'p', 0)) for m in stack): return None
-    return _chain(model, {})
+    return _chain(model)
 
 def _pairs_of_one(stack, trained, x):
     "The outputs [N, 1], and of each trained layer from the last to the first (layer, inputs [N, K], sensitivities [N, C] or None for 1)."
@@ -388,19 +392,32 @@ def _pairs_of_one(stack, trained, x):
         if m in trained:
             found.append((m, a, d))
             if m is trained[0]: return steps[-1][2], found
-        d = m.weight.detach().expand(len(x), -1) if d is None else _pull(m, a, h, d[None], False)[0]
+        if d is None: d = m.weight.detach().expand(len(x), -1)
+        elif type(m) is nn.Linear: d = d @ m.weight
+        elif type(m) is nn.ReLU: d = torch.ops.aten.threshold_backward(d, h, 0)      # d where h > 0, in one pass
+        else: d = _pull(m, a, h, d[None], False)[0]
 
 # %% ../../nbs/lens/ntk.ipynb #638f288e
 def _strips(rows, columns, n, m, same):
     "The kernel [n, m] from the pairs of both sides, some rows at a time; if `same`, from the diagonal on, and mirrored."
-    K, step = rows[0][1].new_zeros(n, m), _strip(rows[0][1])
-    for r in range(0, n, step):
-        at, on = slice(r, r + step), slice(r if same else 0, m)
-        block = K[at, on]
-        for (layer, a, d), (_, b, e) in zip(rows, columns):
-            D = 1 if d is None else d[at] @ e[on].mT
-            if layer.weight.requires_grad: block.addcmul_(a[at] @ b[on].mT, D) if d is not None else block.add_(a[at] @ b[on].mT)
-            if layer.bias is not None and layer.bias.requires_grad: block.add_(D)
+    x = rows[0][1]
+    K, step, one = x.new_zeros(n, m), _strip(x), x.new_ones(())
+    layers = [[p is not None and p.requires_grad for p in (layer.weight, layer.bias)] +
+              [a.split(step), b.mT] + ([None, None] if d is None else [d.split(step), e.mT])
+              for (layer, a, d), (_, b, e) in zip(rows, columns)]
+    for i, r in enumerate(range(0, n, step)):
+        at, on = slice(r, r + step), r if same else 0
+        block = K[at, on:]
+        G, D = x.new_empty(2, *block.shape)                            # products of inputs, of sensitivities; one room for all layers
+        for weight, bias, a, b, d, e in layers:
+            if d is None:
+                if weight: block.addmm_(a[i], b[:, on:])
+                if bias: block.add_(1)
+                continue
+            torch.mm(d[i], e[:, on:] if on else e, out=D)
+            if bias and weight: torch.addmm(one, a[i], b[:, on:] if on else b, out=G)
+            elif weight: torch.mm(a[i], b[:, on:], out=G)
+            block.addcmul_(G, D) if weight else block.add_(D)          # (A A' + 1) * D
         if same and r + step < n: K[r + step:, at] = K[at, r + step:].mT
     return K
 
