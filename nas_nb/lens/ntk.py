@@ -332,16 +332,15 @@ def ntk(model, x1, x2=None, outputs='full', *, layers=False, method='auto', memo
     Errors: ValueError or TypeError naming model, x1, x2, outputs, method or memory. Source: Engel et al. (2022)."""
     if outputs not in ('full', 'trace', 'diag'): raise ValueError(f"outputs={outputs!r}: allowed are 'full', 'trace', 'diag'")
     if method not in _METHODS: raise ValueError(f'method={method!r}: allowed are {", ".join(map(repr, _METHODS))}')
-    model, x1, x2 = _prepare(model, x1, x2, dtype)
-    x2 = x1 if x2 is None else x2
-    task = model, x1, x2, outputs, layers, method, memory
-    bare = x1.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')           # nothing to switch off
-    with torch.inference_mode(False), nullcontext() if bare else exact_arithmetic(x1.device, attention=False): total = _single(*task)
+    simple = dtype is None and not layers and method in ('auto', 'factored')
+    total = _single(model, x1, x1 if x2 is None else x2, outputs, memory) if simple else None
     if total is None:
-        with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(*task)
+        model, x1, x2 = _prepare(model, x1, x2, dtype)
+        x2 = x1 if x2 is None else x2
+        with torch.inference_mode(False), exact_arithmetic(x1.device): total = _total(model, x1, x2, outputs, layers, method, memory)
     order = {'full': (1, 3, 0, 2), 'trace': (0, 1), 'diag': (1, 2, 0)}[outputs]
     total = {k: b.detach().permute(order) for k, b in total.items()}
-    _check_finite(total, x1 is x2)
+    _check_finite(total, x2 is None or x1 is x2)
     return total if layers else total['']
 
 # %% ../../nbs/lens/ntk.ipynb #8d2c5ec4
@@ -378,11 +377,15 @@ def _strip(x):
     "Rows of a strip: enough for a fast product on all threads, few enough to save the lower half."
     return max(128, 64*torch.get_num_threads()) if x.device.type == 'cpu' else 2048
 
-def _dense(model, x):
-    "The layers of `model` if it is a stack of dense and elementwise layers that ends in one output, and x [N, K]; else None."
-    stack = _leaves(model)
-    if x.dim() != 2 or type(stack[-1]) is not nn.Linear or stack[-1].out_features != 1: return None
-    if not all(type(m) is nn.Linear or type(m) in _pointwise and not (m.training and getattr(m, 'p', 0)) for m in stack): return None
+def _dense(model, *xs):
+    "The layers of `model` if it is a stack of dense and elementwise layers that ends in one output and suits all `xs` [N, K]; else None."
+    if not all(torch.is_tensor(x) and x.dim() == 2 and len(x) for x in xs) or not isinstance(model, nn.Module): return None
+    stack, like = _leaves(model), (xs[0].dtype, xs[0].device, xs[0].shape[1])
+    if type(stack[-1]) is not nn.Linear or stack[-1].out_features != 1 or like[0] not in (torch.float32, torch.float64): return None
+    if any((x.dtype, x.device, x.shape[1]) != like for x in xs[1:]): return None
+    for m in stack:
+        if type(m) is not nn.Linear and (type(m) not in _pointwise or m.training and getattr(m, 'p', 0)): return None
+        if any(p is not None and (p.dtype, p.device) != like[:2] for p in m._parameters.values()): return None
     return _chain(model)
 
 def _pairs_of_one(stack, trained, x):
@@ -421,19 +424,20 @@ def _strips(rows, columns, n, m, same):
         if same and r + step < n: K[r + step:, at] = K[at, r + step:].mT
     return K
 
-@torch.no_grad()
-def _single(model, x1, x2, outputs, layers, method, memory):
-    "`_total` of a stack of dense layers with one output; None for another model or method, or where `memory` is too small for this way."
-    if layers or method not in ('auto', 'factored') or (stack := _dense(model, x1)) is None: return None
-    n, m, same = len(x1), len(x2), x1 is x2
+def _single(model, x1, x2, outputs, memory):
+    "`_total` of a stack of dense layers with one output; None for another model, unfit data, or where `memory` is too small for this way."
+    same = x1 is x2
+    if (stack := _dense(model, *((x1,) if same else (x1, x2)))) is None: return None
     trained = [k for k in stack if any(p is not None and p.requires_grad for p in k._parameters.values())]
     wide = sum(max(k.in_features, k.out_features) for k in stack if type(k) is nn.Linear)
-    if (4*(n + (0 if same else m))*wide + 3*_strip(x1)*m)*x1.element_size() > memory: return None
-    f, rows = _pairs_of_one(stack, trained, x1)
-    _finite(f, 0, 'x1')
-    if same: columns = rows
-    else: f, columns = _pairs_of_one(stack, trained, x2); _finite(f, 0, 'x2')
-    K = _strips(rows, columns, n, m, same)
+    if not trained or (4*(len(x1) + (0 if same else len(x2)))*wide + 3*_strip(x1)*len(x2))*x1.element_size() > memory: return None
+    bare = x1.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')           # nothing to switch off
+    with torch.inference_mode(False), nullcontext() if bare else exact_arithmetic(x1.device, attention=False), torch.no_grad():
+        f, rows = _pairs_of_one(stack, trained, x1)
+        _finite(f, 0, 'x1')
+        if same: columns = rows
+        else: f, columns = _pairs_of_one(stack, trained, x2); _finite(f, 0, 'x2')
+        K = _strips(rows, columns, len(x1), len(x2), same)
     return {'': K if outputs == 'trace' else K[None] if outputs == 'diag' else K[None, :, None]}
 
 # %% ../../nbs/lens/ntk.ipynb #ac27d703
