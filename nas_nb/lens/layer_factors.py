@@ -181,18 +181,24 @@ def check_model(model):
         elif getattr(m, 'track_running_stats', False) and m.training:
             raise ValueError(f'{where} updates its statistics in train mode; call model.eval() first')
 
+def _modules(model):
+    "All modules of `model`, itself first; one that stands in two places comes twice. (`model.modules()` would also make their names.)"
+    found = [model]
+    for m in found: found.extend(c for c in m._modules.values() if c is not None)
+    return found
+
 def _trained(model):
-    "The parameters of `trainable`, without names (and twice where they are shared): what a quick look needs."
-    within = [model]
-    for m in within: within.extend(c for c in m._modules.values() if c is not None)
-    return [p for m in within for p in m._parameters.values() if p is not None and p.requires_grad]
+    "The parameters of `trainable`, without names, a shared one twice: what a quick look needs. Errors of `trainable`."
+    modules = _modules(model) if isinstance(model, nn.Module) else ()
+    found = [p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad]
+    return found if found and not any(p.is_complex() for p in found) else list(trainable(model).values())
 
 # %% ../../nbs/lens/layer_factors.ipynb #chkinput
 def check_input(model, x, name='x'):
     "TypeError or ValueError where the batch `x` [N, ...] does not suit the parameters of `model`."
     if not torch.is_tensor(x): raise TypeError(f'{name} is a {type(x).__name__}: allowed is a tensor [N, ...]')
     if x.dim() == 0 or len(x) == 0: raise ValueError(f'{name} has shape {tuple(x.shape)}: allowed is at least one sample, [N, ...]')
-    p = (isinstance(model, nn.Module) and _trained(model) or list(trainable(model).values()))[0]      # `trainable` says what is wrong
+    p = _trained(model)[0]
     if x.device != p.device: raise ValueError(f'{name} is on {x.device} and the model on {p.device}: allowed is one device')
     if not x.is_floating_point():
         if not any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()):
@@ -516,10 +522,9 @@ def _chain(model):
     of, leaves = nn.modules.module, _leaves(model)
     hooked = of._global_forward_hooks or of._global_forward_pre_hooks or of._global_backward_hooks or of._global_backward_pre_hooks
     if hooked or not all(map(_known, leaves)): return None
-    params, within = [p for m in leaves for p in m._parameters.values() if p is not None], [model]
+    params = [p for m in leaves for p in m._parameters.values() if p is not None]
     once = len({id(p) for p in params}) == len(params) and all(type(p) is nn.Parameter for p in params)
-    for m in within: within.extend(c for c in m._modules.values() if c is not None)              # all modules, as they are found
-    return leaves if once and all(map(_untouched, within)) else None
+    return leaves if once and all(map(_untouched, _modules(model))) else None
 
 def _samples_first(m, a):
     "Whether this layer treats the first axis of its input `a` as that of samples."

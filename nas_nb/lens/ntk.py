@@ -20,7 +20,7 @@ from torch.func import functional_call, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 from torch import nn
 from .layer_factors import (FactorPlan, Outer, PlanChanged, _chain, _forward, _leaves, _pointwise, _pull, _trained, check_input,
-                                       exact_arithmetic, record, sample_jacobian, trainable)
+                                       exact_arithmetic, record, sample_jacobian)
 
 # %% ../../nbs/lens/ntk.ipynb #36bfcb38
 _TILE = 256                                                            # rows of a tile: 256 kB in float32, stays in cache
@@ -299,9 +299,7 @@ def _put(s, u, at, o):
 # %% ../../nbs/lens/ntk.ipynb #0f2750bd
 def _prepare(model, x1, x2, dtype):
     "Model and data of one type; errors for half precision that nobody asked for, and for data that do not fit each other."
-    found = _trained(model) if isinstance(model, nn.Module) else []
-    kinds = {p.dtype for p in found}
-    if not found or any(kind.is_complex for kind in kinds): trainable(model)                   # says what is wrong
+    kinds = {p.dtype for p in _trained(model)}
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f'dtype={dtype!r}: allowed is a floating torch.dtype or None')
     if dtype is None and (len(kinds) > 1 or kinds & {torch.float16, torch.bfloat16}):
@@ -381,8 +379,8 @@ def _dense(model, *xs):
     "The layers of `model` if it is a stack of dense and elementwise layers that ends in one output and suits all `xs` [N, K]; else None."
     if not all(torch.is_tensor(x) and x.dim() == 2 and len(x) for x in xs) or not isinstance(model, nn.Module): return None
     stack, like = _leaves(model), (xs[0].dtype, xs[0].device, xs[0].shape[1])
-    if type(stack[-1]) is not nn.Linear or stack[-1].out_features != 1 or like[0] not in (torch.float32, torch.float64): return None
-    if any((x.dtype, x.device, x.shape[1]) != like for x in xs[1:]): return None
+    if not stack or type(stack[-1]) is not nn.Linear or stack[-1].out_features != 1: return None
+    if like[0] not in (torch.float32, torch.float64) or any((x.dtype, x.device, x.shape[1]) != like for x in xs[1:]): return None
     for m in stack:
         if type(m) is not nn.Linear and (type(m) not in _pointwise or m.training and getattr(m, 'p', 0)): return None
         if any(p is not None and (p.dtype, p.device) != like[:2] for p in m._parameters.values()): return None
@@ -417,8 +415,8 @@ def _strips(rows, columns, n, m, same):
                 if weight: block.addmm_(a[i], b[:, on:])
                 if bias: block.add_(1)
                 continue
-            torch.mm(d[i], e[:, on:] if on else e, out=D)
-            if bias and weight: torch.addmm(one, a[i], b[:, on:] if on else b, out=G)
+            torch.mm(d[i], e[:, on:], out=D)
+            if bias and weight: torch.addmm(one, a[i], b[:, on:], out=G)
             elif weight: torch.mm(a[i], b[:, on:], out=G)
             block.addcmul_(G, D) if weight else block.add_(D)          # (A A' + 1) * D
         if same and r + step < n: K[r + step:, at] = K[at, r + step:].mT
