@@ -15,8 +15,8 @@ without penalty 0.892 and 0.955); `nearest`, the known device with the best rank
 `scratch`, ridge regression with leave-one-out penalty on the features that the prior is given as well (NAS-Bench-201: one-hot operations,
 live operations and graph features; FBNet: one-hot operations).
 `fresh` are devices of other sources, with all 26 columns known; no constant of the method was tried on them. The removal of noise from
-the known tables and the choice among three scales were tried on draws 0 and 1 of all 26 columns; draws 2 to 4, FBNet and `fresh` saw one
-version.
+the known tables and the choice among three scales were tried on draws 0 and 1 of all 26 columns; draws 2 to 4, FBNet and `fresh` saw two
+versions, of which the second has the same regression by scikit-learn.
 A full run writes nbs/cost/transfer.csv."""
 import argparse, json
 from pathlib import Path

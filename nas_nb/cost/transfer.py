@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from dataclasses import dataclass
+from sklearn.kernel_approximation import Nystroem
+from sklearn.linear_model import RidgeCV
 from ..core.run import check_whole
 from .core import Cost
 from .expected import Multilinear
@@ -83,21 +85,9 @@ def _explained(Z, features, seed=0):
     "What the features [n, d] explain of each column of `Z` [n, D]: cubic kernel ridge regression, penalty by leave-one-out."
     x = features - features.mean(0)
     x = x/math.sqrt(max((x**2).sum(1).mean(), 1e-12))
-    landmarks = x[np.random.default_rng(seed).permutation(len(x))[:LANDMARKS]]
-    values, vectors = np.linalg.eigh((1 + landmarks @ landmarks.T)**3)
-    keep = values > 1e-8*values[-1]
-    phi = (1 + x @ landmarks.T)**3 @ (vectors[:, keep]/np.sqrt(values[keep]))
-    phi = phi - phi.mean(0)
-    square, V = np.linalg.eigh(phi.T @ phi)
-    phi, best, fit = phi @ V, np.full(Z.shape[1], np.inf), np.zeros(Z.shape)
-    products, square = phi.T @ Z, square.clip(0)
-    for penalty in len(Z)*PENALTIES:
-        now = phi @ (products/(square + penalty)[:, None])
-        leverage = 1/len(Z) + phi**2 @ (1/(square + penalty))
-        error = (((Z - now)/(1 - leverage).clip(1e-3)[:, None])**2).mean(0)
-        better = error < best
-        fit[:, better], best[better] = now[:, better], error[better]
-    return fit
+    landmarks = Nystroem(kernel='poly', degree=3, gamma=1, coef0=1, n_components=min(LANDMARKS, len(x)), random_state=seed)
+    phi = landmarks.fit_transform(x)
+    return RidgeCV(len(x)*PENALTIES, alpha_per_target=True).fit(phi, Z).predict(phi)
 
 def _denoised(Z, explained, rank):
     "The standardised columns of `Z` [n, D] without what is neither `explained` [n, D] nor shared by devices."
@@ -412,7 +402,8 @@ def _left_out(known, Zs, explained, basis, groups, rank, seed, rows=1000, draws=
 
 # %% ../../nbs/cost/transfer.ipynb #b9b66a67
 def _fit(cls, known, features=None, *, groups=None, rank=None, seed=0):
-    """The `DevicePrior` of `known` latencies [n, D] (ms, > 0, complete) and optional `features` [n, d] of the same architectures.
+    """The `DevicePrior` of `known` latencies [n, D] (ms, > 0, complete) and optional `features` [n, d] of the same architectures, with
+    which noise is removed from `known` (see `_explained`, `_denoised`) and architectures beyond the table can be predicted.
 
     `groups` [D]: labels; columns of one label (batch sizes of one device) are left out together (with measurements drawn by `seed`).
     Default: every column by itself. `rank`: default 8, or D if that is less.
