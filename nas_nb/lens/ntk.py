@@ -408,16 +408,16 @@ def _strips(rows, columns, n, m, same):
               for (layer, a, d), (_, b, e) in zip(rows, columns)]
     for i, r in enumerate(range(0, n, step)):
         at, on = slice(r, r + step), r if same else 0
-        block = K[at, on:]
+        block, beyond = K[at, on:], lambda t: t[:, on:] if on else t
         G, D = x.new_empty(2, *block.shape)                            # products of inputs, of sensitivities; one room for all layers
         for weight, bias, a, b, d, e in layers:
             if d is None:
-                if weight: block.addmm_(a[i], b[:, on:])
+                if weight: block.addmm_(a[i], beyond(b))
                 if bias: block.add_(1)
                 continue
-            torch.mm(d[i], e[:, on:], out=D)
-            if bias and weight: torch.addmm(one, a[i], b[:, on:], out=G)
-            elif weight: torch.mm(a[i], b[:, on:], out=G)
+            torch.mm(d[i], beyond(e), out=D)
+            if bias and weight: torch.addmm(one, a[i], beyond(b), out=G)
+            elif weight: torch.mm(a[i], beyond(b), out=G)
             block.addcmul_(G, D) if weight else block.add_(D)          # (A A' + 1) * D
         if same and r + step < n: K[r + step:, at] = K[at, r + step:].mT
     return K
