@@ -5,12 +5,12 @@ with the same weights and the same batch, taking turns.
 
 The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too),
 contiguous memory format, a full backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours
-is the best of the fast path and, for NAS-Bench-201 and where there is a C++ compiler, the compiled cells on `--threads` threads, the
-former on 1 too; the first turn, which compiles, is not counted but printed. One step: loss on one batch, Adam on the architecture; loss on
+is the best of the fast path and, for NAS-Bench-201 and where there is a C++ compiler, the compiled cells and the whole supernet as one
+program ('whole') on `--threads` threads, the first on 1 too; the first turn, which compiles, is not counted but printed. One step: loss on one batch, Adam on the architecture; loss on
 another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference. The floor is the
 arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
 Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by two single-threaded data-parallel
-processes, half the batch each, gradients averaged (batch norm then sees half the batch). Memory is the peak of a fresh process beyond its
+processes, half the batch each, gradients averaged (batch norm then sees half the batch; not for 'whole', which would compile once more). Memory is the peak of a fresh process beyond its
 start. `--quick` ends in a minute: small supernets, batch 16."""
 import argparse, copy, ctypes, json, multiprocessing, os, socket, subprocess, sys, time
 import numpy as np, torch
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from nas_nb.core.run import seeded
 from nas_nb.space.cells import MixedCell, nb201_space
 from nas_nb.space.darts import darts_space
-from nas_nb.space.fast import accelerate, can_compile, compile_cells
+from nas_nb.space.fast import accelerate, can_compile, compile_cells, compile_network
 
 SPACES = {'darts': lambda quick: darts_space((3, 32, 32), 10, C=8 if quick else 16, cells=5 if quick else 8),
           'nb201': lambda quick: nb201_space((3, 32, 32), 10, C=16, stages=3, cells=1 if quick else 5)}
@@ -56,7 +56,7 @@ def reference_forward(net, x):
 
 # --- the three sides ------------------------------------------------------------------------------------------------------------------
 
-MAKE = {'fast': accelerate, 'compiled': compile_cells}
+MAKE = {'fast': accelerate, 'compiled': compile_cells, 'whole': compile_network}
 
 class Side:
     "One way to make a step: a network of its own (a copy of `net`), its optimizers, its number of threads."
@@ -246,11 +246,11 @@ def rows(args):
             with seeded(0): net = space.supernet(0)
             data, tried = batches(space, batch), sorted({1, args.threads})
             sides = {'reference': Side('reference', net, args.threads), 'plain': Side('plain', net, args.threads)}
-            kinds = ('fast', 'compiled') if name == 'nb201' and not args.quick and can_compile() else ('fast',)
+            kinds = ('fast', 'compiled', 'whole') if name == 'nb201' and not args.quick and can_compile() else ('fast',)
             sides |= {f'{kind}, {t} threads': Side(kind, net, t) for kind in kinds for t in (tried if kind == 'fast' else tried[-1:])}
             seconds, first = race(sides, data, args.rounds)
             for kind in kinds[1:]:
-                yield dict(name=f'{name} compilation, batch {batch}', seconds=first[f'{kind}, {tried[-1]} threads'], unit='s')
+                yield dict(name=f'{name} compilation, {kind}, batch {batch}', seconds=first[f'{kind}, {tried[-1]} threads'], unit='s')
             for label in seconds:
                 if label not in ('reference', 'plain'): yield dict(name=f'{name} {label}, batch {batch}', seconds=seconds[label], unit='s')
             best = min((label for label in seconds if label not in ('reference', 'plain')), key=seconds.get)
@@ -258,7 +258,7 @@ def rows(args):
                 yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best],
                            unit='s', n=args.rounds, against=peer, side=best)
             if not args.quick:
-                for kind in kinds:
+                for kind in kinds[:2]:
                     halves = two_halves(name, kind, args.quick, batch, args.rounds)
                     together = min(seconds[k] for k in seconds if k.startswith(kind))
                     yield dict(name=f'{name} two data-parallel halves, batch {batch}', ours=halves, peer=together,

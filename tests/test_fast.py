@@ -1,6 +1,7 @@
 """Fast supernets: what must survive beyond equal numbers (those are in the notebook): precision, layouts, copies, compilation,
 second derivatives, a search."""
 import copy
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -8,9 +9,10 @@ from nas_nb.core.check import broken_laws
 from nas_nb.core.data import load_task
 from nas_nb.relax.paths import BinaryGate
 from nas_nb.search.driver import Budget, run_search
-from nas_nb.space.cells import MixedCell, nb201_space
+from nas_nb.space.cells import CellSpace, MixedCell, nb201_space
 from nas_nb.space.darts import darts_space, robust_space
-from nas_nb.space.fast import CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, can_compile, compile_cells, decelerate
+from nas_nb.space.fast import (CompiledCellSupernet, CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, can_compile, compile_cells,
+                               compile_network, decelerate)
 
 SPACES = {'darts': lambda: darts_space((3, 8, 8), 10, C=4, cells=3, nodes=2),
           'nb201': lambda: nb201_space((1, 8, 8), 10, C=4, stages=2, cells=1),
@@ -120,3 +122,19 @@ def test_a_compiled_cell_agrees():
     assert max(relative(a, b) for a, b in zip(*results)) < 1e-9
     hard = torch.eye(5, dtype=torch.float64)[3:4]
     assert torch.equal(compiled.cell(x, hard, [(3,)]), plain.cell(x, hard, [(3,)])) and type(decelerate(compiled).cell) is MixedCell
+
+@pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
+def test_a_network_compiled_whole_agrees():
+    "Two stages of one edge, in float64: logits, gradients of both kinds of step, statistics; zeros take the plain way."
+    space = CellSpace('one edge', SPACES['nb201']().ops, nodes=2, in_shape=(3, 8, 8), C=4, stages=2)
+    nets = [space.supernet(0).double().train(), compile_network(space.supernet(0).double()).train()]
+    assert type(nets[1]) is CompiledCellSupernet
+    x, results = space.example(4).double(), []
+    for net in nets:
+        loss = cross_entropy(net(x), torch.arange(4))
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        results.append([loss, *grads, *(b.double() for b in net.buffers())])
+    assert max(relative(a, b) for a, b in zip(*results)) < 1e-9
+    hard = space.one_hot(space.sample(np.random.default_rng(0)))
+    assert relative(*(net(x, {k: w.double() for k, w in hard.items()}) for net in nets)) < 1e-12
+    assert type(decelerate(nets[1])) is type(nets[0])
