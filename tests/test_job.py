@@ -193,6 +193,26 @@ def test_budget_is_kept_by_prediction(finished, shell, tmp_path):
     found = report(out)['networks']
     assert [n['name'].split('=')[0] for n in found] == ['lambda', 'budget'] and found[1]['predicted_ms'] <= limit*1.001
 
+def test_the_faster_path_is_measured_once_a_folder(tmp_path):
+    from nas_nb.search.job import Job, JobConfig
+    from nas_nb.space.cells import MixedCell
+    from nas_nb.space.fast import FastMixedCell
+    with Job(JobConfig(path='auto'), tmp_path/'run') as job:
+        net, file = job.supernet(), tmp_path/'run'/'autotune.json'
+        (key, (path, threads)), = json.loads(file.read_text()).items()
+        kinds = dict(plain=MixedCell, fast=FastMixedCell)
+        assert {type(m) for m in net.body if isinstance(m, MixedCell)} == {kinds.pop(path)}
+        (other, kind), = kinds.items()
+        file.write_text(json.dumps({key: [other, threads]}))                   # as if an earlier part of the run had found this
+        assert {type(m) for m in job.supernet().body if isinstance(m, MixedCell)} == {kind}
+
+def test_a_path_that_the_space_does_not_have_is_refused_before_the_folder_is_made(tmp_path):
+    from nas_nb.search.job import Job, JobConfig
+    from nas_nb.space.darts import darts_space
+    with pytest.raises(ValueError, match="path='whole': net must be a CellSupernet"):
+        Job(JobConfig(path='whole'), tmp_path/'run', space=darts_space((1, 8, 8), 10, C=4, cells=3))
+    assert not (tmp_path/'run').exists()
+
 def one_class(path):
     from PIL import Image
     (path/'only').mkdir(parents=True)

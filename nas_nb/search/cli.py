@@ -59,6 +59,7 @@ def nas_search(
     cells: int = 1,            # Cells a stage
     batch: int = 1,            # Images in one timed call
     threads: int = 1,          # Threads of torch while measuring and training
+    path: str = 'fast',        # How the supernet computes: plain, fast, compiled, whole, or auto (measured once)
     seed: int = 0,             # Seed of everything random
     out: str = 'runs/latest',  # Run folder
     resume: store_true = False,     # Continue the run in this folder
@@ -67,7 +68,7 @@ def nas_search(
     "Search for a network that is accurate and fast on this machine: measure, predict, search, retrain, compare. Returns the exit status."
     if list: return _list()
     fields = dict(data=data, space=space, method=method, device=device, budget=budget, samples=samples, epochs=epochs,
-                  retrain_epochs=retrain_epochs, channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, seed=seed)
+                  retrain_epochs=retrain_epochs, channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, path=path, seed=seed)
     try: return _run({**fields, 'lambdas': parse_lambdas(lambdas)}, out, resume, overwrite)
     except (ValueError, TypeError, OSError, ImportError) as e:
         print(f'nas_search: {" ".join(str(e).split())}', file=sys.stderr)
