@@ -6,12 +6,13 @@ with the same weights and the same batch, taking turns.
 The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too),
 contiguous memory format, a full backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours
 is the best of the fast path and, for NAS-Bench-201 and where there is a C++ compiler, the compiled cells and the whole supernet as one
-program ('whole') on `--threads` threads, the first on 1 too; the first turn, which compiles, is not counted but printed. One step: loss on one batch, Adam on the architecture; loss on
-another batch, clipping, SGD on the weights. Every side is first checked to give the loss and gradients of the reference. The floor is the
-arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
+program ('whole') on `--threads` threads, the first on 1 too; the first turn, which compiles, is not counted but printed. One step: loss
+on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. The sides that are not compiled are first
+checked to give the loss and gradients of the reference (tests/test_fast.py and nbs/space/fast.ipynb check the compiled ones). The floor is
+the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
 Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by two single-threaded data-parallel
-processes, half the batch each, gradients averaged (batch norm then sees half the batch; not for 'whole', which would compile once more). Memory is the peak of a fresh process beyond its
-start. `--quick` ends in a minute: small supernets, batch 16."""
+processes, half the batch each, gradients averaged (batch norm then sees half the batch; not for 'whole', which would compile once more).
+Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
 import argparse, copy, ctypes, json, multiprocessing, os, socket, subprocess, sys, time
 import numpy as np, torch
 from torch import distributed, nn

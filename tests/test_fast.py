@@ -11,8 +11,8 @@ from nas_nb.relax.paths import BinaryGate
 from nas_nb.search.driver import Budget, run_search
 from nas_nb.space.cells import CellSpace, MixedCell, nb201_space
 from nas_nb.space.darts import darts_space, robust_space
-from nas_nb.space.fast import (CompiledCellSupernet, CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, can_compile, compile_cells,
-                               compile_network, decelerate)
+from nas_nb.space.fast import (CompiledCellSupernet, CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, can_compile,
+                               compile_cells, compile_network, decelerate)
 
 SPACES = {'darts': lambda: darts_space((3, 8, 8), 10, C=4, cells=3, nodes=2),
           'nb201': lambda: nb201_space((1, 8, 8), 10, C=4, stages=2, cells=1),
@@ -125,15 +125,19 @@ def test_a_compiled_cell_agrees():
 
 @pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
 def test_a_network_compiled_whole_agrees():
-    "Two stages of one edge, in float64: logits, gradients of both kinds of step, statistics; zeros take the plain way."
+    "Two stages of one edge, float64: losses and gradients of a step of the architecture and of the weights, statistics; hard weights."
     space = CellSpace('one edge', SPACES['nb201']().ops, nodes=2, in_shape=(3, 8, 8), C=4, stages=2)
     nets = [space.supernet(0).double().train(), compile_network(space.supernet(0).double()).train()]
     assert type(nets[1]) is CompiledCellSupernet
     x, results = space.example(4).double(), []
     for net in nets:
-        loss = cross_entropy(net(x), torch.arange(4))
-        grads = torch.autograd.grad(loss, list(net.parameters()))
-        results.append([loss, *grads, *(b.double() for b in net.buffers())])
+        arch, weights, found = net.arch_parameters(), net.weight_parameters(), []
+        for wanted, others in ((arch, weights), (weights, arch)):                # two programs, for other gradients are needed
+            for p in wanted: p.requires_grad_(True)
+            for p in others: p.requires_grad_(False)
+            loss = cross_entropy(net(x), torch.arange(4))
+            found += [loss, *torch.autograd.grad(loss, wanted)]
+        results.append([*found, *(b.double() for b in net.buffers())])
     assert max(relative(a, b) for a, b in zip(*results)) < 1e-9
     hard = space.one_hot(space.sample(np.random.default_rng(0)))
     assert relative(*(net(x, {k: w.double() for k, w in hard.items()}) for net in nets)) < 1e-12

@@ -68,7 +68,8 @@ def nas_search(
     "Search for a network that is accurate and fast on this machine: measure, predict, search, retrain, compare. Returns the exit status."
     if list: return _list()
     fields = dict(data=data, space=space, method=method, device=device, budget=budget, samples=samples, epochs=epochs,
-                  retrain_epochs=retrain_epochs, channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, path=path, seed=seed)
+                  retrain_epochs=retrain_epochs, channels=channels, stages=stages, cells=cells, batch=batch, threads=threads, path=path,
+                  seed=seed)
     try: return _run({**fields, 'lambdas': parse_lambdas(lambdas)}, out, resume, overwrite)
     except (ValueError, TypeError, OSError, ImportError) as e:
         print(f'nas_search: {" ".join(str(e).split())}', file=sys.stderr)

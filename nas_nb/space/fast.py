@@ -314,8 +314,9 @@ def can_accelerate(net) -> bool:
     return any(_plain(m) in _FAST for m in net.modules())
 
 def _exchange(net, classes):
-    "Give the modules of `net` the class that `classes` has for them, and others their plain one, in place. TypeError where `net` has no mixed cell."
-    if not can_accelerate(net): raise TypeError(f'net must hold a {" or ".join(c.__name__ for c in _FAST)}, got {type(net).__name__} without one')
+    "Give the modules of `net` the class that `classes` has for them, others their plain one. TypeError where there is no mixed cell."
+    if not can_accelerate(net):
+        raise TypeError(f'net must hold a {" or ".join(c.__name__ for c in _FAST)}, got {type(net).__name__} without one')
     for m in net.modules():
         kind = _plain(m)
         if kind in _FAST: _look_at(m)
@@ -334,7 +335,7 @@ def accelerate(net):
     return net.to(memory_format=_CL)
 
 def decelerate(net):
-    "Undo `accelerate`, `compile_cells` or `compile_network`, in place, but for the layout of the weights; returns `net`. TypeError as there."
+    "Undo `accelerate`, `compile_cells` or `compile_network` in place, but for the layout of weights; returns `net`. TypeError as there."
     _exchange(net, {})
     return net
 
