@@ -1,5 +1,6 @@
 """Measuring and collecting as a user meets them: several quantities, damaged tables, a cluster of pinned workers."""
 import math, os, warnings
+from unittest.mock import patch
 import joblib, pytest
 import torch
 from torch import nn
@@ -25,7 +26,21 @@ def space(): return CellSpace('three', NB201_OPS, nodes=3, in_shape=(1, 8, 8), n
 def net(): return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
 
 # ---- a cluster
-def test_two_pinned_workers_measure_through_dask(space, tmp_path):
+def page_faults():
+    "Faults per block while blocks of 1 MB are taken, written and freed in turn."
+    import resource
+    def use(n):
+        for _ in range(n): torch.empty(1 << 20, dtype=torch.uint8).fill_(1)
+    use(5); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use(50)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)/50
+
+@pytest.fixture
+def own_environment():
+    "Dask sets its workers' variables in the process that starts them: they are not to reach later tests."
+    with patch.dict(os.environ): yield
+
+def test_two_pinned_workers_measure_through_dask(space, tmp_path, own_environment):
     distributed = pytest.importorskip('distributed', reason='pip install nas_nb[cluster]')
     if len(os.sched_getaffinity(0)) < 2: pytest.skip('needs two cores')
     from nas_nb.cost.collect import pin_workers
@@ -41,7 +56,9 @@ def test_two_pinned_workers_measure_through_dask(space, tmp_path):
         assert len({tuple(c) for c in given.values()}) == 2 and all(len(c) == 1 for c in given.values())
         with joblib.parallel_config('dask'): table = sample_and_measure(space, 16, path=path, chunk=3, rounds=3, progress=False)
         ran = client.run(lambda dask_worker: dask_worker.state.executed_count)
+        faults = client.run(page_faults)
     assert min(ran.values()) >= 1                                     # both worked
+    assert max(faults.values()) < 5                                   # and kept their memory, as this process does
     assert len(table) == 16 and table['genotype'].is_unique and (table['latency_ms'] > 0).all()
     assert table[:4].equals(alone) and read_measurements(path)[:4].equals(alone)
     assert os.sched_getaffinity(0) == before

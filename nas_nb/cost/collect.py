@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONDITIONS', 'COLUMNS', 'sample_genotypes', 'space_key', 'read_measurements', 'save_measurements', 'conditions_of',
-           'pin_process', 'pin_workers', 'sample_and_measure']
+           'pin_process', 'pin_workers', 'undo_malloc_trim', 'sample_and_measure']
 
 # %% ../../nbs/cost/collect.ipynb #bb95c81b
-import csv, hashlib, io, json, os, warnings
+import csv, ctypes, hashlib, io, json, os, warnings
 from pathlib import Path
 import joblib
 import numpy as np
@@ -201,6 +201,17 @@ def pin_workers(client, threads=1):
     client.register_plugin(PinWorker(), name='nas_nb-pin-worker')
     return given
 
+# %% ../../nbs/cost/collect.ipynb #alloc002
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3                            # of glibc's malloc.h
+
+def undo_malloc_trim():
+    """Undo `MALLOC_TRIM_THRESHOLD_` for the rest of this process: freed memory is kept for the next call, as without the variable.
+
+    Where the variable is not set, or the C library is not glibc, nothing happens."""
+    if os.environ.pop('MALLOC_TRIM_THRESHOLD_', None) is None: return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt: mallopt(_MMAP_THRESHOLD, 32 << 20), mallopt(_TRIM_THRESHOLD, 64 << 20)
+
 # %% ../../nbs/cost/collect.ipynb #e9d539c5
 def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eager', device='cpu', seed=0, chunk=25, rounds=30,
                        progress=True):
@@ -240,6 +251,7 @@ def sample_and_measure(space, n, *, path=None, batch=1, threads=1, backend='eage
 # %% ../../nbs/cost/collect.ipynb #05aab7af
 def _measured_rows(space, genotypes, x, key, lowest_ms, options):
     "Rows of strings for `genotypes`, in the order of COLUMNS: what a worker does."
+    undo_malloc_trim()
     found, params, slowness = _measure_chunk(space, genotypes, x, lowest_ms, **options)
     return [_row(l, key, params[name], slowness) for name, l in found.items()]
 
