@@ -25,6 +25,7 @@ from nas_nb.search.rarts import Split
 from nas_nb.search.retrain import Recipe, train_from_scratch
 from nas_nb.search.select import Within, by_probability
 from nas_nb.space.cells import nb201_space
+from nas_nb.space.fast import accelerate
 from nas_nb.space.mini import mini_space, mini_task
 
 BUDGET = Budget(epochs=3, batch_size=20)
@@ -81,11 +82,13 @@ def settings(name, space, price):
             'entropy': dict(schedules=dict(temperature=EntropyAdaptive(Linear(.9, .3), start=.02))),
             'annealed noise': dict(relax=SparseNoisySoftmax(Linear(2., 0.))), 'gates': dict(relax=BinaryGate()),
             'two gates': dict(relax=BinaryGate('two')),
-            'noise per sample': dict(relax=Gumbel(), recipe=SearchRecipe(per_sample=True))}[name]
+            'noise per sample': dict(relax=Gumbel(), recipe=SearchRecipe(per_sample=True)),
+            'autocast': dict(recipe=SearchRecipe(autocast=True)),
+            'two gates, autocast': dict(relax=BinaryGate('two'), recipe=SearchRecipe(autocast=True))}[name]
 
 @pytest.mark.parametrize('name',
                          ['softmax', 'one level', 'gumbel', 'hard gumbel', 'budget', 'sampled cost', 'entropy', 'annealed noise', 'gates',
-                          'two gates', 'noise per sample'])
+                          'two gates', 'noise per sample', 'autocast', 'two gates, autocast'])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(name, space, price, task, tmp_path):
     run = lambda kill, **k: run_search(space.supernet(1), task, budget=BUDGET, seed=1, plugins=[Count(), KillIn(kill)],
                                        **settings(name, space, price), **k)
@@ -139,7 +142,7 @@ def test_lambda_zero_is_bitwise_the_run_without_cost(space, price, task):
 def test_a_plugin_that_only_looks_changes_nothing(space, task):
     class Look(Plugin):
         def after_a(self, s):
-            with torch.no_grad(), driver.frozen_statistics(s.norms): s.loss('val', s.sample())
+            with torch.no_grad(), hypergrad.frozen_statistics(s.norms): s.loss('val', s.sample())
     same(run_search(space.supernet(0), task, budget=BUDGET, relax=Gumbel()),
          run_search(space.supernet(0), task, budget=BUDGET, relax=Gumbel(), plugins=[Look()]))
 
@@ -202,7 +205,7 @@ def test_a_hypergradient_leaves_weights_buffers_optimizer_and_architecture_alone
     s.net.train(); s.step = 0; s.begin_step()
     val, train = (closure(s.net, s.w, lambda half=half: s.loss(half, s.sample())) for half in ('val', 'train'))
     before = {k: v.clone() for k, v in s.net.state_dict().items()}, copy.deepcopy(s.w_opt.state_dict())
-    with driver.frozen_statistics(s.norms): grads = s.hyper(val, train, s.w, s.a, 0.05, s.w_opt)
+    with hypergrad.frozen_statistics(s.norms): grads = s.hyper(val, train, s.w, s.a, 0.05, s.w_opt)
     assert [g.shape for g in grads] == [a.shape for a in s.a] and not any(g.requires_grad for g in grads)
     assert all(torch.equal(before[0][k], v) for k, v in s.net.state_dict().items()) and all(p.grad is None for p in s.net.parameters())
     old, new = before[1]['state'], s.w_opt.state_dict()['state']
@@ -303,6 +306,19 @@ def test_a_gated_search_moves_only_what_ran(space, task):
             self.epoch_start(s)
         def epoch_start(self, s): self.logits = s.net.arch['cell'].detach().clone()
     for mode in ('recompute', 'two'): run_search(space.supernet(0), task, budget=Budget(2, 20), relax=BinaryGate(mode), plugins=[Look()])
+
+@pytest.mark.parametrize('path', ['plain', 'fast'])
+def test_autocast_is_bfloat16_within_and_float32_outside(path, space, task):
+    maps = set()
+    class Look(Plugin):
+        def w_loss(self, s, loss, batch): assert batch.logits.dtype == loss.dtype == torch.float32; return loss
+    net = space.supernet(0)
+    if path == 'fast': accelerate(net)
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_hook(lambda m, args, out: maps.add(out.dtype))
+    result = run_search(net, task, budget=Budget(1, 20), plugins=[Look()], recipe=SearchRecipe(autocast=True))
+    assert maps == {torch.bfloat16} and np.isfinite(result.history[-1]['train_loss'])
+    assert {t.dtype for t in net.state_dict().values() if torch.is_tensor(t) and t.is_floating_point()} == {torch.float32}
 
 def test_costs_see_the_mean_of_noise_per_sample(space, price, task):
     result = run_search(space.supernet(0), task, budget=Budget(1, 20), relax=Gumbel(), recipe=SearchRecipe(per_sample=True),

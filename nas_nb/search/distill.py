@@ -87,7 +87,7 @@ def probabilities(self: VotingTeachers, s, x: Tensor) -> Tensor:
         with torch.no_grad():
             for t in self.teachers:
                 tensors = {name: v.to(like[name]) for name, v in t['tensors'].items()}
-                said.append((with_tensors(s.net, tensors, lambda: s.net(x, t['W'])) / self.tau).softmax(-1))
+                said.append((with_tensors(s.net, tensors, lambda: s.recipe.logits(s.net, x, t['W'])) / self.tau).softmax(-1))
     finally: s.net.train(training)
     return torch.stack(said)
 

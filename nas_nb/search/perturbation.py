@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from ..core.run import check_whole
 from ..relax.core import Cosine
-from .driver import SearchState, frozen_statistics, weight_step
+from .driver import SearchState, weight_step
+from .hypergrad import frozen_statistics
 from .plugin import Plugin
 from ..space.core import NONE, Genotype
 
@@ -34,8 +35,8 @@ def _quality(s, W) -> tuple:
     for m in s.norms: m.train()
     with frozen_statistics(s.norms):
         for x, y in _images(s):
-            logits = s.net(x, W)
-            seen.append(torch.stack([(logits.argmax(1) == y).sum().double(), cross_entropy(logits.float(), y, reduction='sum').double()]))
+            logits = s.recipe.logits(s.net, x, W)
+            seen.append(torch.stack([(logits.argmax(1) == y).sum().double(), cross_entropy(logits, y, reduction='sum').double()]))
             n += len(y)
     s.net.train(training)
     return tuple((torch.stack(seen).sum(0) / n).tolist())      # right answers are counted, so that equal is equal

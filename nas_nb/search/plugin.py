@@ -9,6 +9,7 @@ __all__ = ['Batch', 'Budget', 'SearchRecipe', 'Plugin', 'Constraint', 'Soft']
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 import numpy as np
+import torch
 from torch import Tensor
 
 # %% ../../nbs/search/plugin.ipynb #bda4b21d
@@ -27,7 +28,8 @@ class SearchRecipe:
     """Optimizers of a search. Weights: SGD, learning rate `w_lr` falling by a cosine to `w_lr_end`, `momentum`,
     decay `w_decay`, gradient norm at most `clip`. Architecture: Adam with `a_lr`, `a_betas`, decay `a_decay`.
     Schedules named w_lr, a_lr take precedence. `per_sample`: a noisy relaxation draws for every image of a
-    batch, not once for the batch (default); costs see the batch's mean weights."""
+    batch, not once for the batch (default); costs see the batch's mean weights. `autocast`: the supernet computes in bfloat16
+    where `torch.autocast` does; parameters, losses and updates stay as they are."""
     w_lr: float = 0.05
     w_lr_end: float = 0.
     momentum: float = 0.9
@@ -37,9 +39,14 @@ class SearchRecipe:
     a_betas: tuple = (0.5, 0.999)
     a_decay: float = 1e-3
     per_sample: bool = False
+    autocast: bool = False
     def __post_init__(self):
         for name in ('w_lr', 'clip', 'a_lr'):
             if not getattr(self, name) > 0: raise ValueError(f'{name}={getattr(self, name)!r}: allowed is a number above 0')
+    def logits(self, net, x: Tensor, W: dict) -> Tensor:
+        "Output of the supernet for images `x` at choice weights `W`, computed in this recipe's precision, given in the network's."
+        if not self.autocast: return net(x, W)
+        with torch.autocast(x.device.type, torch.bfloat16): return net(x, W).to(x.dtype)
 
 # %% ../../nbs/search/plugin.ipynb #520c94ed
 Batch = namedtuple('Batch', 'x y logits W')   # images, labels, the supernet's output, the choice weights it was computed with

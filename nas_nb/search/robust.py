@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from ..core.run import check_whole
 from ..ops.conv import Skip
-from .driver import SearchState, frozen_statistics, run_search
+from .driver import SearchState, run_search
+from .hypergrad import frozen_statistics
 from .implicit import Hessian
 from .parallel import world_rank, world_size
 from .plugin import Plugin

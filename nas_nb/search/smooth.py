@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from ..core.run import check_whole
 from ..relax.core import Linear, Schedule
-from .driver import arch_step, frozen_statistics, weight_step
-from .hypergrad import constants
+from .driver import arch_step, weight_step
+from .hypergrad import constants, frozen_statistics
 from .plugin import Plugin
 
 # %% ../../nbs/search/smooth.ipynb #2cd6ef07
@@ -68,7 +68,7 @@ class AdversarialSmoothing(RandomSmoothing):
         with frozen_statistics(s.norms), constants(s.w):
             for _ in range(self.steps):
                 at = {k: w.requires_grad_() for k, w in at.items()}
-                grads = torch.autograd.grad(cross_entropy(s.net(x, at), y), list(at.values()))
+                grads = torch.autograd.grad(cross_entropy(s.recipe.logits(s.net, x, at), y), list(at.values()))
                 ahead = [v.detach() + 2 * radius / self.steps * g.sign() for v, g in zip(at.values(), grads)]
                 at = {k: clip_rows(w + (v - w).clamp(-radius, radius)) for (k, w), v in zip(W.items(), ahead)}
         return at
