@@ -1,7 +1,7 @@
 """A full first-order search step of a supernet: the reference loop, our plain path, our fast path,
 with the same weights and the same batch, taking turns.
 
-    python bench/supernet.py [--quick] [--json] [--threads 2] [--rounds 3] [--space darts nb201]
+    python bench/supernet.py [--quick] [--json] [--threads 2] [--rounds 3] [--space darts nb201] [--device cuda] [--autocast]
 
 The reference loop is what the public DARTS and NAS-Bench-201 codes do: every operation of every edge called by itself ('none' too),
 contiguous memory format, a full backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours
@@ -12,12 +12,15 @@ checked to give the loss and gradients of the reference (tests/test_fast.py and 
 the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
 Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by two single-threaded data-parallel
 processes, half the batch each, gradients averaged (batch norm then sees half the batch; not for 'whole', which would compile once more).
-Memory is the peak of a fresh process beyond its start. `--quick` ends in a minute: small supernets, batch 16."""
+Memory is the peak of a fresh process beyond its start. `--device cuda`: all of it on the GPU, memory as its allocator counts it, without
+the halves. `--autocast`: our sides once more in bfloat16, in rows of their own; they are not compared for equality, and the best side is
+chosen without them. `--quick` ends in a minute: small supernets, batch 16."""
 import argparse, copy, ctypes, json, multiprocessing, os, socket, subprocess, sys, time
 import numpy as np, torch
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from nas_nb.core.run import seeded
+from nas_nb.search.plugin import SearchRecipe
 from nas_nb.space.cells import MixedCell, nb201_space
 from nas_nb.space.darts import darts_space
 from nas_nb.space.fast import accelerate, can_compile, compile_cells, compile_network
@@ -60,9 +63,10 @@ def reference_forward(net, x):
 MAKE = {'fast': accelerate, 'compiled': compile_cells, 'whole': compile_network}
 
 class Side:
-    "One way to make a step: a network of its own (a copy of `net`), its optimizers, its number of threads."
-    def __init__(self, kind, net, threads, exchange=None):
+    "One way to make a step: a network of its own (a copy of `net`), its optimizers, its number of threads, its precision."
+    def __init__(self, kind, net, threads, exchange=None, autocast=False):
         self.kind, self.threads, self.exchange, self.net = kind, threads, exchange, copy.deepcopy(net)
+        self.recipe = SearchRecipe(autocast=autocast)
         if kind in MAKE: MAKE[kind](self.net)
         self.net.train()
         self.arch, self.weights = self.net.arch_parameters(), self.net.weight_parameters()
@@ -72,7 +76,8 @@ class Side:
     def loss(self, batch):
         x, y = batch
         if self.kind in MAKE: x = x.contiguous(memory_format=torch.channels_last)
-        return cross_entropy(reference_forward(self.net, x) if self.kind == 'reference' else self.net(x), y)
+        if self.kind == 'reference': return cross_entropy(reference_forward(self.net, x), y)
+        return cross_entropy(self.recipe.logits(self.net, x, None), y)
     def half(self, batch, wanted, others):
         "Gradients in p.grad: all of them in the reference, else those of `wanted` only."
         if self.kind == 'reference':
@@ -101,17 +106,17 @@ def gradients(side, batch):
     side.net.load_state_dict(state)
     return [loss.detach()], grads, buffers
 
-def disagreement(space, dtype, batch=8):
+def disagreement(space, dtype, device, batch=8):
     """Relative differences of the loss, of all gradients (in norm) and of batch-norm statistics (the largest):
     plain and fast against the reference in float64.
 
     In float32 also fast against plain in the same layout: with channels last PyTorch's own batch norm sums in another order,
     and ReLUs near zero flip."""
-    with seeded(1): net, x = space.supernet(0), torch.randn(batch, *space.in_shape)
+    with seeded(1): net, x = space.supernet(0).to(device), torch.randn(batch, *space.in_shape).to(device)
     def run(kind, dtype, layout=torch.contiguous_format):
         side = Side(kind, copy.deepcopy(net).to(dtype), torch.get_num_threads())
         side.net.to(memory_format=torch.channels_last if kind == 'fast' else layout)
-        return gradients(side, (x.to(dtype, memory_format=layout), torch.arange(batch) % 10))
+        return gradients(side, (x.to(dtype, memory_format=layout), torch.arange(batch, device=device) % 10))
     def gap(a, b):
         difference = sum((p.double() - q.double()).norm()**2 for p, q in zip(a[1], b[1]))**.5/sum(q.double().norm()**2 for q in b[1])**.5
         statistics = max(float((p.double() - q.double()).norm()/q.double().norm()) for p, q in zip(a[2], b[2]) if q.norm() > 1e-3)
@@ -134,18 +139,18 @@ def convolutions(net, x):
     for h in hooks: h.remove()
     return seen
 
-def peak_rate(calls, seconds=.3):
+def peak_rate(calls, device, seconds=.3):
     "The best rate in GFLOP/s that a convolution of the list reaches, forward, channels last, over its largest shapes."
     best = 0.
     largest = sorted({(m.weight.shape, m.stride, m.padding, m.dilation, m.groups, shape): macs for m, shape, macs in calls}.items(),
                      key=lambda kv: -kv[1])[:12]
     for (w, stride, padding, dilation, groups, shape), macs in largest:
-        w, x = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in (w, shape))
+        w, x = (torch.randn(s, device=device).contiguous(memory_format=torch.channels_last) for s in (w, shape))
         end = time.perf_counter() + seconds/12
         while True:
-            start = time.perf_counter()
+            start = now(device)
             torch.conv2d(x, w, None, stride, padding, dilation, groups)
-            best = max(best, 2e-9*macs/(time.perf_counter() - start))
+            best = max(best, 2e-9*macs/(now(device) - start))
             if time.perf_counter() > end: break
     return best
 
@@ -157,8 +162,9 @@ KINDS = {'convolution': ('mkldnn_convolution', 'convolution_backward', 'conv2d',
 
 def where_time_goes(side, data):
     "Shares of one step by kind of library call, each without what it calls."
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile: side.step(*data)
-    own = {e.key.removeprefix('aten::'): e.self_cpu_time_total for e in profile.key_averages()}
+    activity, on_gpu = torch.profiler.ProfilerActivity, data[0][0].is_cuda
+    with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA]*on_gpu) as profile: side.step(*data)
+    own = {e.key.removeprefix('aten::'): e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in profile.key_averages()}
     shares = {kind: sum(own.get(name, 0) for name in names)/sum(own.values()) for kind, names in KINDS.items()}
     return shares | {'rest': 1 - sum(shares.values())}
 
@@ -166,34 +172,47 @@ def where_time_goes(side, data):
 
 def status(key): return int(next(line for line in open('/proc/self/status') if line.startswith(key)).split()[1])/1024
 
-def batches(space, batch):
-    with seeded(2): return [(torch.randn(batch, *space.in_shape), torch.randint(0, 10, (batch,))) for _ in range(2)]
+def batches(space, batch, device='cpu'):
+    with seeded(2): made = [(torch.randn(batch, *space.in_shape), torch.randint(0, 10, (batch,))) for _ in range(2)]
+    return [(x.to(device), y.to(device)) for x, y in made]
 
-def measure_peak(name, kind, batch, quick, threads):
+def measure_peak(name, kind, batch, quick, threads, device):
     space = SPACES[name](quick)
-    side, small, full = Side(kind, space.supernet(0), threads), batches(space, 2), batches(space, batch)
-    side.step(*(full if kind == 'compiled' else small))                 # libraries load, and programs are written, before the count starts
+    side, small, full = Side(kind, space.supernet(0).to(device), threads), batches(space, 2, device), batches(space, batch, device)
+    side.step(*(full if kind in ('compiled', 'whole') else small))      # libraries load, and programs are written, before the count starts
     side.net.zero_grad(set_to_none=True)
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.step(*full)
+        return print((torch.cuda.max_memory_allocated() - before)/2**20)
     ctypes.CDLL(None).malloc_trim(0)                                    # what the first step left with the allocator goes back
     open('/proc/self/clear_refs', 'w').write('5')
     before = status('VmRSS')
     side.step(*full)
     print(status('VmHWM') - before)
 
-def peak(name, kind, batch, quick, threads):
-    command = [sys.executable, os.path.abspath(__file__), '--peak', f'{name},{kind},{batch}', '--threads', str(threads)] + ['--quick']*quick
+def peak(name, kind, batch, args):
+    command = [sys.executable, os.path.abspath(__file__), '--peak', f'{name},{kind},{batch}', '--threads', str(args.threads),
+               '--device', args.device] + ['--quick']*args.quick
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 # --- the table --------------------------------------------------------------------------------------------------------------------------
 
+def now(device):
+    "Seconds on a clock, after all that `device` was given is done."
+    if device == 'cuda': torch.cuda.synchronize()
+    return time.perf_counter()
+
 def race(sides, data, rounds):
     "Medians in seconds of the sides' steps, taking turns, and the seconds of a first turn, which compiles and does not count."
     times = {label: [] for label in sides}
+    device = data[0][0].device.type
     for turn in range(rounds + 1):
         for label, side in sides.items():
-            start = time.perf_counter()
+            start = now(device)
             side.step(*data)
-            times[label].append(time.perf_counter() - start)
+            times[label].append(now(device) - start)
     return {label: float(np.median(t[1:])) for label, t in times.items()}, {label: t[0] for label, t in times.items()}
 
 def half(rank, port, name, kind, quick, batch, rounds, times):
@@ -241,15 +260,21 @@ def rows(args):
     for name in args.space:
         space = SPACES[name](args.quick)
         for dtype in (torch.float64, torch.float32):
-            for what, gaps in disagreement(space, dtype):
+            for what, gaps in disagreement(space, dtype, args.device):
                 yield dict(name=f'{name} disagreement {str(dtype)[6:]}: {what}', **gaps, unit='relative')
         for batch in (16,) if args.quick else (16, 64):
-            with seeded(0): net = space.supernet(0)
-            data, tried = batches(space, batch), sorted({1, args.threads})
+            with seeded(0): net = space.supernet(0).to(args.device)
+            data, tried = batches(space, batch, args.device), sorted({1, args.threads})
             sides = {'reference': Side('reference', net, args.threads), 'plain': Side('plain', net, args.threads)}
             kinds = ('fast', 'compiled', 'whole') if name == 'nb201' and not args.quick and can_compile() else ('fast',)
             sides |= {f'{kind}, {t} threads': Side(kind, net, t) for kind in kinds for t in (tried if kind == 'fast' else tried[-1:])}
-            seconds, first = race(sides, data, args.rounds)
+            halved = {f'{kind}, autocast': Side(kind, net, args.threads, autocast=True) for kind in kinds*args.autocast}
+            seconds, first = race(sides | halved, data, args.rounds)
+            for label in halved:
+                mine = seconds.pop(label)
+                for peer in ('reference', 'plain'):
+                    yield dict(name=f'{name} autocast, batch {batch}', ours=mine, peer=seconds[peer], ratio=seconds[peer]/mine, unit='s',
+                               n=args.rounds, against=peer, side=label)
             for kind in kinds[1:]:
                 yield dict(name=f'{name} compilation, {kind}, batch {batch}', seconds=first[f'{kind}, {tried[-1]} threads'], unit='s')
             for label in seconds:
@@ -258,7 +283,7 @@ def rows(args):
             for peer in ('reference', 'plain'):
                 yield dict(name=f'{name} step, batch {batch}', ours=seconds[best], peer=seconds[peer], ratio=seconds[peer]/seconds[best],
                            unit='s', n=args.rounds, against=peer, side=best)
-            if not args.quick:
+            if not args.quick and args.device == 'cpu':
                 for kind in kinds[:2]:
                     halves = two_halves(name, kind, args.quick, batch, args.rounds)
                     together = min(seconds[k] for k in seconds if k.startswith(kind))
@@ -267,13 +292,13 @@ def rows(args):
                                plain=seconds['plain']/halves, reference=seconds['reference']/halves)
             torch.set_num_threads(sides[best].threads)
             calls = convolutions(net, data[0][0])
-            work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls)      # 2 forward, 2 gradients in x, 1 in weights
+            work, rate = 2e-9*sum(macs for _, _, macs in calls)*5, peak_rate(calls, args.device)   # 2 forward, 2 of x, 1 of weights
             yield dict(name=f'{name} floor, batch {batch}', GFLOP=work, GFLOPs=rate, seconds=work/rate,
                        share=work/rate/seconds[best], unit='s')
             yield dict(name=f'{name} time, batch {batch}', **where_time_goes(sides[best], data), unit='share')
             if not args.quick:
                 ours = sides[best].kind
-                memory = {kind: peak(name, kind, batch, args.quick, args.threads) for kind in ('reference', 'plain', ours)}
+                memory = {kind: peak(name, kind, batch, args) for kind in ('reference', 'plain', ours)}
                 for peer in ('reference', 'plain'):
                     yield dict(name=f'{name} memory, batch {batch}', ours=memory[ours], peer=memory[peer], ratio=memory[peer]/memory[ours],
                                unit='MB', n=1, against=peer, side=ours)
@@ -286,11 +311,13 @@ def main():
                    help="threads of the reference and the plain path (PyTorch's default)")
     p.add_argument('--rounds', type=int, default=3, help='turns of every side')
     p.add_argument('--space', nargs='+', choices=SPACES, default=list(SPACES), help='which supernets')
+    p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where all sides compute')
+    p.add_argument('--autocast', action='store_true', help='our sides also in bfloat16')
     p.add_argument('--peak', help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.peak:
         name, kind, batch = args.peak.split(',')
-        return measure_peak(name, kind, int(batch), args.quick, args.threads)
+        return measure_peak(name, kind, int(batch), args.quick, args.threads, args.device)
     for row in rows(args):
         if args.json: print(json.dumps(row), flush=True)
         else:
