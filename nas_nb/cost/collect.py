@@ -7,7 +7,7 @@ __all__ = ['CONDITIONS', 'COLUMNS', 'sample_genotypes', 'space_key', 'read_measu
            'pin_process', 'pin_workers', 'undo_malloc_trim', 'sample_and_measure']
 
 # %% ../../nbs/cost/collect.ipynb #bb95c81b
-import csv, ctypes, hashlib, io, json, os, warnings
+import csv, ctypes, hashlib, io, json, os, sys, warnings
 from pathlib import Path
 import joblib
 import numpy as np
@@ -208,7 +208,7 @@ def undo_malloc_trim():
     """Undo `MALLOC_TRIM_THRESHOLD_` for the rest of this process: freed memory is kept for the next call, as without the variable.
 
     Where the variable is not set, or the C library is not glibc, nothing happens."""
-    if os.environ.pop('MALLOC_TRIM_THRESHOLD_', None) is None: return
+    if os.environ.pop('MALLOC_TRIM_THRESHOLD_', None) is None or sys.platform != 'linux': return
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt: mallopt(_MMAP_THRESHOLD, 32 << 20), mallopt(_TRIM_THRESHOLD, 64 << 20)
 
