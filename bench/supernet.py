@@ -20,10 +20,11 @@ import numpy as np, torch
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from nas_nb.core.run import seeded
+from nas_nb.ops.winograd import can_compile
 from nas_nb.search.plugin import SearchRecipe
 from nas_nb.space.cells import MixedCell, nb201_space
 from nas_nb.space.darts import darts_space
-from nas_nb.space.fast import accelerate, can_compile, compile_cells, compile_network
+from nas_nb.space.fast import accelerate, compile_cells, compile_network
 
 SPACES = {'darts': lambda quick: darts_space((3, 32, 32), 10, C=8 if quick else 16, cells=5 if quick else 8),
           'nb201': lambda quick: nb201_space((3, 32, 32), 10, C=16, stages=3, cells=1 if quick else 5)}

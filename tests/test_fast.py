@@ -1,18 +1,21 @@
 """Fast supernets: what must survive beyond equal numbers (those are in the notebook): precision, layouts, copies, compilation,
 second derivatives, a search."""
 import copy
+import nas_nb.space.fast as fast_module
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from nas_nb.core.check import broken_laws
 from nas_nb.core.data import load_task
+from nas_nb.ops.conv import NB201_OPS
+from nas_nb.ops.winograd import can_compile, normalised_convs, winograd_lanes
 from nas_nb.relax.paths import BinaryGate
 from nas_nb.search.driver import Budget, run_search
 from nas_nb.space.cells import CellSpace, MixedCell, nb201_space
 from nas_nb.space.darts import darts_space, robust_space
-from nas_nb.space.fast import (CompiledCellSupernet, CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, can_compile,
-                               compile_cells, compile_network, decelerate)
+from nas_nb.space.fast import (CompiledCellSupernet, CompiledMixedCell, FastDartsMixedCell, FastMixedCell, accelerate, compile_cells,
+                               compile_network, decelerate)
 
 SPACES = {'darts': lambda: darts_space((3, 8, 8), 10, C=4, cells=3, nodes=2),
           'nb201': lambda: nb201_space((1, 8, 8), 10, C=4, stages=2, cells=1),
@@ -124,9 +127,12 @@ def test_a_compiled_cell_agrees():
     assert torch.equal(compiled.cell(x, hard, [(3,)]), plain.cell(x, hard, [(3,)])) and type(decelerate(compiled).cell) is MixedCell
 
 @pytest.mark.skipif(not can_compile(), reason='no C++ compiler')
-def test_a_network_compiled_whole_agrees():
-    "Two stages of one edge, float64: losses and gradients of a step of the architecture and of the weights, statistics; hard weights."
-    space = CellSpace('one edge', SPACES['nb201']().ops, nodes=2, in_shape=(3, 8, 8), C=4, stages=2)
+@pytest.mark.parametrize('C, nodes, stages, ops', [(4, 2, 2, tuple(NB201_OPS)), (16, 3, 1, ('none', 'skip_connect', 'nor_conv_3x3'))])
+def test_a_network_compiled_whole_agrees(C, nodes, stages, ops, monkeypatch):
+    "Float64: losses and gradients of a step of the architecture and of the weights, statistics; hard weights; and by which kernels."
+    space = CellSpace('small', {k: NB201_OPS[k] for k in ops}, nodes=nodes, in_shape=(3, 8, 8), C=C, stages=stages)
+    calls = []
+    monkeypatch.setattr(fast_module, 'normalised_convs', lambda x, *args: calls.append(x.shape[1]) or normalised_convs(x, *args))
     nets = [space.supernet(0).double().train(), compile_network(space.supernet(0).double()).train()]
     assert type(nets[1]) is CompiledCellSupernet
     x, results = space.example(4).double(), []
@@ -142,3 +148,5 @@ def test_a_network_compiled_whole_agrees():
     hard = space.one_hot(space.sample(np.random.default_rng(0)))
     assert relative(*(net(x, {k: w.double() for k, w in hard.items()}) for net in nets)) < 1e-12
     assert type(decelerate(nets[1])) is type(nets[0])
+    lanes = winograd_lanes(torch.float64)
+    assert set(calls) == {C*2**stage for stage in range(stages) if lanes and C*2**stage % lanes == 0}

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PATHS', 'stride_kernels', 'edge_sums', 'FastMixedCell', 'FastDartsMixedCell', 'CompiledMixedCell',
            'CompiledCellSupernet', 'can_accelerate', 'accelerate', 'decelerate', 'compile_cells', 'compile_network',
-           'can_compile', 'first_order_step', 'autotune']
+           'first_order_step', 'autotune']
 
 # %% ../../nbs/space/fast.ipynb #50b6fd41
 from functools import cache
 from itertools import product
-import json, os, shutil, time
+import json, time
 from pathlib import Path
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core.run import atomic_write, check_whole, environment
 from ..ops.conv import AvgPool, PoolBN, ReLUConvBN, Skip
 from ..ops.separable import DilConv, MaxPoolBN, SepConv
+from ..ops.winograd import can_compile, normalised_convs, winograd_lanes
 from ..relax.paths import Paths
 from .cells import CellSupernet, MixedCell
 from .darts import DartsMixedCell
@@ -249,6 +250,24 @@ class _Mean3x3(torch.autograd.Function):
         return F.avg_pool2d(grad*_share(H, grad)[:, None]*_share(W, grad), 3, 1, 1, divisor_override=1)
 
 # %% ../../nbs/space/fast.ipynb #d8d9641e
+def _follow(norm, mean, var, n):
+    "The running statistics of a norm, from the mean and the biased variance of n numbers."
+    if not norm.track_running_stats: return
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var*(n/(n - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+
+def _dense(relu, entries):
+    "The maps of those of `entries` (operation, kind, weight) that are 3x3 convolutions, by operation; none where the kernels cannot do it."
+    dense = [(op, w) for op, kind, w in entries if kind is not None and kind[:3] == ('convolution', 3, 1)]
+    lanes = 0 if relu.device.type != 'cpu' or torch.is_autocast_enabled('cpu') else winograd_lanes(relu.dtype)
+    if not dense or not lanes or relu.shape[1] % lanes or relu.numel() == relu.shape[1]: return {}
+    norms = [op.op[2] for op, _ in dense]
+    maps, *statistics = normalised_convs(relu, [op.op[1].weight for op, _ in dense], torch.stack([w for _, w in dense]), norms[0].eps)
+    for norm, mean, var in zip(norms, *statistics): _follow(norm, mean, var, relu.numel()//relu.shape[1])
+    return {op: y for (op, _), y in zip(dense, maps)}
+
 def _weighted(op, kind, w, x, relu, mean):
     "One operation's map of x times its weight w; ReLU and mean of x are at hand."
     if kind == ('identity',): return x*w
@@ -260,11 +279,14 @@ def _weighted(op, kind, w, x, relu, mean):
     return F.batch_norm(y, norm.running_mean, norm.running_var, w.repeat(y.shape[1]), None, True, norm.momentum, norm.eps)
 
 def _separate_sums(x, choices, weights, active, kinds):
-    "`edge_sums`, operation by operation, for a compiler; all of `active` run."
-    relu, mean, sums = F.relu(x), _Mean3x3.apply(x), []
+    "`edge_sums`, operation by operation but for 3x3 convolutions, for a compiler; all of `active` run."
+    relu, mean, edges = F.relu(x), _Mean3x3.apply(x), []
     for choice, w, on, names in zip(choices, weights, active, kinds):
         ops, parts = tuple(choice.ops.values()), w.unbind(-1)
-        terms = [_weighted(ops[i], names[i], parts[i], x, relu, mean) for i in choice.running(w, on)]
+        edges.append([(ops[i], names[i], parts[i]) for i in choice.running(w, on)])
+    made, sums = _dense(relu, [entry for edge in edges for entry in edge]), []
+    for edge in edges:
+        terms = [made[op] if op in made else _weighted(op, kind, w, x, relu, mean) for op, kind, w in edge]
         sums.append(sum(terms[1:], terms[0]) if terms else None)
     return sums
 
@@ -364,10 +386,6 @@ def _compile(net, classes):
                            'names); found none')
     _exchange(net, classes)
     return net.to(memory_format=_CL)
-
-def can_compile() -> bool:
-    "Whether a C++ compiler is found, by the name in the environment variable CXX, or as g++ or clang++."
-    return any(shutil.which(name) for name in (os.environ.get('CXX', ''), 'g++', 'clang++') if name)
 
 # %% ../../nbs/space/fast.ipynb #04ef1089
 PATHS = {'plain': decelerate, 'fast': accelerate, 'compiled': compile_cells, 'whole': compile_network}
