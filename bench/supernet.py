@@ -7,9 +7,10 @@ The reference loop is what the public DARTS and NAS-Bench-201 codes do: every op
 contiguous memory format, a full backward pass through weights and architecture in both halves of the step, PyTorch's default threads. Ours
 is the best of the fast path and, for NAS-Bench-201 and where there is a C++ compiler, the compiled cells and the whole supernet as one
 program ('whole') on `--threads` threads, the first on 1 too; the first turn, which compiles, is not counted but printed. One step: loss
-on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. The sides that are not compiled are first
-checked to give the loss and gradients of the reference (tests/test_fast.py and nbs/space/fast.ipynb check the compiled ones). The floor is
-the arithmetic of all convolutions (forward and the gradients that are needed) at the best rate that any of its convolutions reaches here.
+on one batch, Adam on the architecture; loss on another batch, clipping, SGD on the weights. All but the whole program are first compared
+with the loss and gradients of the reference (tests/test_fast.py and nbs/space/fast.ipynb check that one). The floor is the arithmetic
+of all convolutions (forward and the gradients that are needed) at the best rate that any of the library's convolutions reaches here; our
+compiled sides do their 3x3 convolutions with fewer multiplications (nas_nb.ops.winograd), so for them it is a scale, not a limit.
 Where the time goes: shares of the fast step by kind of library call. Two halves: the same step by two single-threaded data-parallel
 processes, half the batch each, gradients averaged (batch norm then sees half the batch; not for 'whole', which would compile once more).
 Memory is the peak of a fresh process beyond its start. `--device cuda`: all of it on the GPU, memory as its allocator counts it, without
@@ -107,16 +108,16 @@ def gradients(side, batch):
     side.net.load_state_dict(state)
     return [loss.detach()], grads, buffers
 
-def disagreement(space, dtype, device, batch=8):
+def disagreement(space, dtype, device, kinds, batch=8):
     """Relative differences of the loss, of all gradients (in norm) and of batch-norm statistics (the largest):
-    plain and fast against the reference in float64.
+    plain, fast and, where it is one of `kinds`, compiled against the reference in float64.
 
     In float32 also fast against plain in the same layout: with channels last PyTorch's own batch norm sums in another order,
     and ReLUs near zero flip."""
     with seeded(1): net, x = space.supernet(0).to(device), torch.randn(batch, *space.in_shape).to(device)
     def run(kind, dtype, layout=torch.contiguous_format):
         side = Side(kind, copy.deepcopy(net).to(dtype), torch.get_num_threads())
-        side.net.to(memory_format=torch.channels_last if kind == 'fast' else layout)
+        side.net.to(memory_format=torch.channels_last if kind in MAKE else layout)
         return gradients(side, (x.to(dtype, memory_format=layout), torch.arange(batch, device=device) % 10))
     def gap(a, b):
         difference = sum((p.double() - q.double()).norm()**2 for p, q in zip(a[1], b[1]))**.5/sum(q.double().norm()**2 for q in b[1])**.5
@@ -127,6 +128,7 @@ def disagreement(space, dtype, device, batch=8):
     yield 'plain, channels last', gap(plain := run('plain', dtype, torch.channels_last), exact)
     yield 'fast', gap(fast := run('fast', dtype), exact)
     yield 'fast against plain, channels last', gap(fast, plain)
+    if 'compiled' in kinds: yield 'compiled', gap(run('compiled', dtype), exact)
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +157,8 @@ def peak_rate(calls, device, seconds=.3):
             if time.perf_counter() > end: break
     return best
 
-KINDS = {'convolution': ('mkldnn_convolution', 'convolution_backward', 'conv2d', '_conv_depthwise2d'),
+KINDS = {'convolution': ('mkldnn_convolution', 'convolution_backward', 'conv2d', '_conv_depthwise2d', 'nas_nb::winograd',
+                         'nas_nb::winograd_filters'),
          'batch norm': ('native_batch_norm', 'native_batch_norm_backward'),
          'pooling': ('max_pool2d_with_indices', 'max_pool2d_with_indices_backward', 'avg_pool2d', 'avg_pool2d_backward'),
          'copies': ('cat', 'copy_', 'clone', 'constant_pad_nd', 'fill_'),
@@ -260,14 +263,14 @@ def free_port():
 def rows(args):
     for name in args.space:
         space = SPACES[name](args.quick)
+        kinds = ('fast', 'compiled', 'whole') if name == 'nb201' and not args.quick and can_compile() else ('fast',)
         for dtype in (torch.float64, torch.float32):
-            for what, gaps in disagreement(space, dtype, args.device):
+            for what, gaps in disagreement(space, dtype, args.device, kinds):
                 yield dict(name=f'{name} disagreement {str(dtype)[6:]}: {what}', **gaps, unit='relative')
         for batch in (16,) if args.quick else (16, 64):
             with seeded(0): net = space.supernet(0).to(args.device)
             data, tried = batches(space, batch, args.device), sorted({1, args.threads})
             sides = {'reference': Side('reference', net, args.threads), 'plain': Side('plain', net, args.threads)}
-            kinds = ('fast', 'compiled', 'whole') if name == 'nb201' and not args.quick and can_compile() else ('fast',)
             sides |= {f'{kind}, {t} threads': Side(kind, net, t) for kind in kinds for t in (tried if kind == 'fast' else tried[-1:])}
             halved = {f'{kind}, autocast': Side(kind, net, args.threads, autocast=True) for kind in kinds*args.autocast}
             seconds, first = race(sides | halved, data, args.rounds)

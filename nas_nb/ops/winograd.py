@@ -105,6 +105,10 @@ template <class T, int WHICH> T* room(int64_t size) {                 // of this
   if (has < size) { held.reset((T*)aligned_alloc(64, (size*sizeof(T) + 63)/64*64)); has = size; }
   return held.get();
 }
+'''
+
+# %% ../../nbs/ops/winograd.ipynb #wino0045
+_READ = r'''
 template <class T> void read(const Images& g, const std::vector<Channels<T>>& maps, int64_t first, int64_t tiles, T* v, int64_t place) {
   const int64_t L = LANES<T>, width = maps.size()*L;
   for (int64_t t = 0; t < tiles; t++) {
@@ -137,7 +141,8 @@ template <class T> inline void write(T* at, V<T> value) {
 #endif
 }
 template <class T>
-void write(const Images& g, const std::vector<Channels<T>>& maps, int64_t first, int64_t tiles, const T* m, int64_t place, T* mean, T* far) {
+void write(const Images& g, const std::vector<Channels<T>>& maps, int64_t first, int64_t tiles, const T* m, int64_t place,
+           T* mean, T* far) {
   const int64_t L = LANES<T>, width = maps.size()*L;
   int64_t seen = 0;
   for (int64_t t = 0; t < tiles; t++) {
@@ -167,8 +172,9 @@ void write(const Images& g, const std::vector<Channels<T>>& maps, int64_t first,
 '''
 
 # %% ../../nbs/ops/winograd.ipynb #wino0018
-_CONVOLVE = r'''
-template <class T> void transform(const T* w, T* u, int64_t size) {
+_FILTERS = r'''
+template <class T> void transform(const T* w, T* u, int64_t size, int threads) {
+  #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < size; i += LANES<T>) {
     V<T> g[9], half[18], d[36];
     for (int k = 0; k < 9; k++) g[k] = load(w + k*size + i);
@@ -192,6 +198,10 @@ template <class T> void join(const Images& g, int64_t size, const T* means, cons
   }
   for (int64_t c = 0; c < out; c++) { mean[c] = centre[c]; var[c] = spread[c]/seen; }
 }
+'''
+
+# %% ../../nbs/ops/winograd.ipynb #wino0046
+_CONVOLVE = r'''
 template <class T>                                                    // w [3, 3, in, out]; mean, var [out]
 void convolve(T** xs, int64_t n_x, int64_t c_x, const T* w, T** ys, int64_t n_y, int64_t c_y, Images g, T* mean, T* var, int threads) {
   const auto from = channels(xs, n_x, c_x), to = channels(ys, n_y, c_y);
@@ -199,7 +209,7 @@ void convolve(T** xs, int64_t n_x, int64_t c_x, const T* w, T** ys, int64_t n_y,
   const int64_t in_place = size*in + LANES<T>, out_place = size*out + LANES<T>;      // a little apart: equal distances share cache lines
   std::vector<T> means(chunks*out), far(chunks*out);
   T* u = room<T, 0>(36*in*out);
-  transform(w, u, in*out);
+  transform(w, u, in*out, threads);
   #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < chunks; k++) {
     const int64_t first = k*size, tiles = std::min(size, g.tiles - first);
@@ -213,8 +223,9 @@ void convolve(T** xs, int64_t n_x, int64_t c_x, const T* w, T** ys, int64_t n_y,
 '''
 
 # %% ../../nbs/ops/winograd.ipynb #wino0020
-_CORRELATE = r'''
-template <class T> void read_gradients(const Images& g, const std::vector<Channels<T>>& maps, int64_t first, int64_t tiles, T* m, int64_t place) {
+_READ_GRADIENTS = r'''
+template <class T>
+void read_gradients(const Images& g, const std::vector<Channels<T>>& maps, int64_t first, int64_t tiles, T* m, int64_t place) {
   const int64_t L = LANES<T>, width = maps.size()*L;
   for (int64_t t = 0; t < tiles; t++) {
     const auto [b, y, x, h, w] = g.tile(first + t);
@@ -229,6 +240,10 @@ template <class T> void read_gradients(const Images& g, const std::vector<Channe
     }
   }
 }
+'''
+
+# %% ../../nbs/ops/winograd.ipynb #wino0047
+_CORRELATE = r'''
 template <class T>                                                    // w [3, 3, in, out] is written
 void correlate(T** xs, int64_t n_x, int64_t c_x, T** ys, int64_t n_y, int64_t c_y, T* w, Images g, int threads) {
   const auto from = channels(xs, n_x, c_x), to = channels(ys, n_y, c_y);
@@ -244,6 +259,7 @@ void correlate(T** xs, int64_t n_x, int64_t c_x, T** ys, int64_t n_y, int64_t c_
     read_gradients(g, to, first, tiles, m, out_place);
     for (int p = 0; p < 36; p++) multiply<T, true>(v + p*in_place, 1, in, m + p*out_place, out, sum + p*in*out, in, tiles);
   }
+  #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < in*out; i += LANES<T>) {
     V<T> d[36] = {}, half[18], g[9];
     for (int p = 0; p < 36; p++) for (int k = 0; k < threads; k++) d[p] += load(sums + k*all + p*in*out + i);
@@ -288,7 +304,7 @@ DOORS(float)
 DOORS(double)
 '''
 
-_SOURCE = _HEAD + _PRODUCT + _TRANSFORMS + _TILES + _WRITE + _CONVOLVE + _CORRELATE + _DOORS
+_SOURCE = _HEAD + _PRODUCT + _TRANSFORMS + _TILES + _READ + _WRITE + _FILTERS + _CONVOLVE + _READ_GRADIENTS + _CORRELATE + _DOORS
 
 # %% ../../nbs/ops/winograd.ipynb #wino0024
 def can_compile() -> bool:
@@ -307,7 +323,7 @@ def _build(source, folder):
     with tempfile.TemporaryDirectory(dir=path.parent) as place:
         (file := Path(place)/'winograd.cpp').write_text(source)
         done = subprocess.run([*command, str(file), '-o', f'{place}/winograd.so'], capture_output=True, text=True)
-        if done.returncode: raise RuntimeError(f'{" ".join(command)} failed:\n{done.stderr[-2000:]}')
+        if done.returncode: raise RuntimeError(f'{" ".join(command)} failed:\n{done.stderr[-500:]}')
         os.replace(f'{place}/winograd.so', path)
     return path
 
@@ -342,6 +358,7 @@ def _sizes(maps): return _pointers(maps), len(maps), maps[0].shape[1]
 
 def _image(x): return x.shape[0], x.shape[2], x.shape[3]
 
+# %% ../../nbs/ops/winograd.ipynb #wino0049
 def _winograd(xs, w, outputs):
     """Channels of all `xs` [B, C, H, W] together, with filters w [3, 3, in, out], padding 1, as `outputs` maps of out/outputs channels;
     mean and variance (of all numbers, not the unbiased one) of each output channel."""
@@ -352,7 +369,8 @@ def _winograd(xs, w, outputs):
 
 def _winograd_shapes(xs, w, outputs):
     B, _, H, W = xs[0].shape
-    ys = [torch.empty_strided((B, C := w.shape[3]//outputs, H, W), (H*W*C, 1, W*C, C), dtype=w.dtype, device=w.device) for _ in range(outputs)]
+    C = w.shape[3]//outputs
+    ys = [w.new_empty_strided((B, C, H, W), (H*W*C, 1, W*C, C)) for _ in range(outputs)]
     return ys, w.new_empty(w.shape[3]), w.new_empty(w.shape[3])
 
 def _filters(xs, ys):
@@ -398,6 +416,7 @@ class _NormalisedConvs(torch.autograd.Function):
         return (torch.ops.nas_nb.winograd(before, turned, 1)[0][0] if to_x else None, None,
                 torch.cat([m[1] for m in made]) if to_factors else None, *([s.permute(3, 2, 0, 1) for s in slopes] or [None]*T))
 
+# %% ../../nbs/ops/winograd.ipynb #wino0050
 def normalised_convs(x, weights, factors, eps=1e-5):
     """Convolve x [B, C, H, W] with each of the T filters `weights` [C, C, 3, 3], padding 1, normalise each result by its own mean and
     variance over B, H, W, and multiply it by its number of `factors` [T]: T maps [B, C, H, W]; then means and (biased) variances [T, C].
