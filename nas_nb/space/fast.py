@@ -264,7 +264,8 @@ def _dense(relu, entries):
     lanes = 0 if relu.device.type != 'cpu' or torch.is_autocast_enabled('cpu') else winograd_lanes(relu.dtype)
     if not dense or not lanes or relu.shape[1] % lanes or relu.numel() == relu.shape[1]: return {}
     norms = [op.op[2] for op, _ in dense]
-    maps, *statistics = normalised_convs(relu, [op.op[1].weight for op, _ in dense], torch.stack([w for _, w in dense]), norms[0].eps)
+    filters, factors = [op.op[1].weight for op, _ in dense], torch.stack([w for _, w in dense]).to(relu.dtype)
+    maps, *statistics = normalised_convs(relu, filters, factors, norms[0].eps)
     for norm, mean, var in zip(norms, *statistics): _follow(norm, mean, var, relu.numel()//relu.shape[1])
     return {op: y for (op, _), y in zip(dense, maps)}
 
