@@ -249,7 +249,7 @@ class _Mean3x3(torch.autograd.Function):
         H, W = grad.shape[2:]
         return F.avg_pool2d(grad*_share(H, grad)[:, None]*_share(W, grad), 3, 1, 1, divisor_override=1)
 
-# %% ../../nbs/space/fast.ipynb #d8d9641e
+# %% ../../nbs/space/fast.ipynb #dense001
 def _follow(norm, mean, var, n):
     "The running statistics of a norm, from the mean and the biased variance of n numbers."
     if not norm.track_running_stats: return
@@ -269,6 +269,7 @@ def _dense(relu, entries):
     for norm, mean, var in zip(norms, *statistics): _follow(norm, mean, var, relu.numel()//relu.shape[1])
     return {op: y for (op, _), y in zip(dense, maps)}
 
+# %% ../../nbs/space/fast.ipynb #d8d9641e
 def _weighted(op, kind, w, x, relu, mean):
     "One operation's map of x times its weight w; ReLU and mean of x are at hand."
     if kind == ('identity',): return x*w
