@@ -3,7 +3,7 @@ our kernels against PyTorch's (oneDNN) convolution and batch norm, channels last
 
     python bench/winograd.py [--quick] [--json] [--threads 2] [--batch 64] [--rounds 15]
 
-'forward': the maps and their running statistics; 'architecture': forward, then the gradient in the input and the weights; 'weights':
+'forward': the maps; 'architecture': forward, then the gradient in the input and the weights; 'weights':
 forward, then the gradient in the input and the filters. The library's side is run edge by edge and as one convolution with T*C outputs,
 and the faster one counts. Least times; 'error' is relative to float64, of the forward pass."""
 import argparse, json, time

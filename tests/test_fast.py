@@ -1,11 +1,11 @@
 """Fast supernets: what must survive beyond equal numbers (those are in the notebook): precision, layouts, copies, compilation,
 second derivatives, a search."""
 import copy
-import nas_nb.space.fast as fast_module
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+import nas_nb.space.fast as fast_module
 from nas_nb.core.check import broken_laws
 from nas_nb.core.data import load_task
 from nas_nb.ops.conv import NB201_OPS

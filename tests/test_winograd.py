@@ -6,7 +6,7 @@ from nas_nb.ops.winograd import can_compile, winograd_lanes
 needs_kernels = pytest.mark.skipif(not can_compile() or not winograd_lanes(), reason='no C++ compiler, or one that fails')
 
 CHECK = '''
-import torch, warnings
+import torch
 from torch.nn import functional as F
 from nas_nb.ops.winograd import normalised_convs, winograd_lanes
 for dtype, far in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
